@@ -1,0 +1,120 @@
+"""The vocabulary that engines, experiments and the page share. Imports the standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Device = Literal["cpu", "cuda"]
+
+
+class EngineError(Exception):
+    """What went wrong with an engine, in words meant for the person at the page.
+
+    `log_tail` holds the last lines of the engine's own log where it has one.
+    """
+
+    def __init__(self, message: str, log_tail: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.log_tail = log_tail
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """Draft several tokens cheaply, verify them in one step of the model.
+
+    `method`: "mtp" uses the model's own multi-token-prediction head, "draft_model" a second, smaller model,
+    "ngram" looks the next words up in the text so far. `draft_tokens` is how many are drafted per step.
+    """
+
+    method: Literal["mtp", "draft_model", "ngram"]
+    draft_tokens: int = 1
+    draft_model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.draft_tokens < 1:
+            raise EngineError("Speculation needs at least one draft token per step.")
+        if self.method == "draft_model" and not self.draft_model:
+            raise EngineError("Speculation with a draft model needs the draft model's folder or name.")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to serve one model, in our words; each engine's file translates it into that engine's flags."""
+
+    model: str
+    device: Device = "cpu"
+    dtype: str = "bfloat16"
+    max_context: int = 4096  # tokens, prompt and answer together
+    prefix_caching: bool = False
+    speculation: Speculation | None = None
+    memory_share: float = 0.85  # of the GPU's memory; a CPU engine's cache has a fixed size in its own file
+    port: int = 8000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.memory_share < 1:
+            raise EngineError(f"The share of GPU memory must lie between 0 and 1, not {self.memory_share}.")
+        if self.max_context < 1:
+            raise EngineError(f"The longest context must be at least 1 token, not {self.max_context}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One chat request. With `fixed_length` the engine writes exactly `max_tokens` tokens, else it may stop."""
+
+    prompt: str
+    max_tokens: int = 512
+    fixed_length: bool = True
+    temperature: float = 0.0
+    seed: int = 42
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts as the server reports them; what it does not report is None."""
+
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one server-sent event carried. A role-only or empty delta has neither text nor reasoning."""
+
+    text: str = ""
+    reasoning: str = ""
+    usage: Usage | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def has_output(self) -> bool:
+        return bool(self.text or self.reasoning)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One row of the table of engines.
+
+    `serve_command` is pure: the words of the command line, without a shell, whose first word is a program in
+    the engine's own environment. It raises EngineError for what the engine cannot do, before anything starts.
+    `phases` maps a pattern in the log to the phase that begins when a line matches it.
+    """
+
+    name: str
+    label: str
+    colour: str
+    package: str | Mapping[Device, str]  # the distribution whose version is the engine's version
+    serve_command: Callable[[EngineConfig], list[str]]
+    variables: Callable[[EngineConfig], dict[str, str]]
+    request_fields: Callable[[Request], dict[str, Any]]
+    phases: tuple[tuple[str, str], ...] = ()
+    caveat: Callable[[EngineConfig], str | None] = lambda config: None
+    requirements: Mapping[Device, str] = field(default_factory=dict)  # empty: runs in the app's own environment
+    install_gib: float = 0.0  # disk that the installed environment takes, for the check before installing
+
+    def package_for(self, device: Device) -> str:
+        return self.package if isinstance(self.package, str) else self.package[device]

@@ -1,0 +1,363 @@
+"""The `local` host: engine servers that the app starts on this machine, and the state of each for the page to show."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from engines.base import Engine, EngineConfig, EngineError
+from engines.environments import Environment, cache_folder
+from engines.hardware import Hardware, this_machine
+from engines.openai_stream import Endpoint
+from engines.server import PhaseTime, Server, free_port
+from engines.timeline import monotonic_clock
+
+Light = Literal["down", "installing", "starting", "ready", "busy", "failed"]
+READY_LIMIT_SECONDS = 900.0  # a large model's first start compiles and captures for minutes
+PAGE_GRACE_SECONDS = 45.0  # a reload closes the page and opens it again
+TELL_EVERY_SECONDS = 5.0
+SETTLE_LIMIT_SECONDS = 5.0
+SETTLE_LOOK_SECONDS = 0.2
+QUIET_SHARE_OF_CORE = 0.15
+FIRST_PAGE_SECONDS = 900.0  # nobody came after the start of the app
+
+log = logging.getLogger("bakeoff")
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What one engine is doing. `since` is the clock's reading when `light` or `phase` last changed."""
+
+    light: Light = "down"
+    phase: str = ""
+    since: float = 0.0
+    error: str = ""
+    log_tail: str = ""
+    phases: tuple[PhaseTime, ...] = ()
+    version: str | None = None  # of the engine, once its environment is there
+    install_seconds: float | None = None  # None where nothing had to be installed
+
+    def elapsed(self) -> float:
+        return monotonic_clock() - self.since
+
+    @property
+    def start_seconds(self) -> float | None:
+        return sum(phase.seconds for phase in self.phases) if self.phases else None
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """An engine that answers: where, and everything a result must say about it."""
+
+    endpoint: Endpoint
+    config: EngineConfig
+    command: str
+    version: str | None
+    installed: dict[str, str]
+    phases: tuple[PhaseTime, ...]
+    caveat: str | None
+
+
+class _Slot:
+    """One engine's place on the host. `gate` lets one thread at a time change its server."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.gate = threading.RLock()
+        self.status = Status(since=monotonic_clock())
+        self.server: Server | None = None
+        self.environment: Environment | None = None
+        self.told = 0.0  # when the terminal last heard of it
+
+
+class LocalHost:
+    """Installs, starts and stops engines on this machine.
+
+    On a CPU all engines stay resident and take turns; on one GPU only one at a time fits (`resident_together`).
+    """
+
+    name = "local"
+    label = "this machine"
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        model: str,
+        model_label: str = "",
+        model_note: str = "",
+        cache: Path | None = None,
+        hardware: Hardware | None = None,
+        port: int | None = None,
+        page_grace_seconds: float = PAGE_GRACE_SECONDS,
+        first_page_seconds: float = FIRST_PAGE_SECONDS,
+    ) -> None:
+        self.engines = tuple(engines)
+        self.model = model
+        self.model_label = model_label or model
+        self.model_note = model_note
+        self.cache = cache or cache_folder()
+        self.hardware = hardware or this_machine()
+        self.resident_together = self.hardware.device == "cpu"
+        self._fixed_port = port
+        self._slots = {engine.name: _Slot(engine) for engine in engines}
+        self._install_turn = threading.Lock()  # two installations at once only slow each other down
+        self._closing = threading.Event()
+        self._pages: set[str] = set()
+        self._pages_changed = threading.Condition()
+        self._users = 0  # runs under way
+        self._page_grace_seconds = page_grace_seconds
+        self._first_page_seconds = first_page_seconds
+        self._wanted = False
+
+    # What the page reads
+
+    def status(self, name: str) -> Status:
+        return self._slots[name].status
+
+    def statuses(self) -> dict[str, Status]:
+        return {name: slot.status for name, slot in self._slots.items()}
+
+    def config(self, name: str) -> EngineConfig:
+        """The plain configuration: no prefix cache, no speculation."""
+        return EngineConfig(model=self.model, device=self.hardware.device)
+
+    # Bringing engines up and down
+
+    def open(self) -> None:
+        """Install every engine behind the page, and start those that can be resident together. Returns at once."""
+        self._wanted = True
+        for engine in self.engines:
+            threading.Thread(target=self._bring_up_quietly, args=(engine.name,), daemon=True).start()
+
+    def watch_pages(self) -> None:
+        """Stop the engines when nobody has the page open any more; start them again for the next visitor."""
+        threading.Thread(target=self._watch_pages, name="page watch", daemon=True).start()
+
+    def page_opened(self, page: str) -> None:
+        with self._pages_changed:
+            self._pages.add(page)
+            self._pages_changed.notify()
+        if not self._wanted and not self._closing.is_set():
+            self.open()
+
+    def page_closed(self, page: str) -> None:
+        with self._pages_changed:
+            self._pages.discard(page)
+            self._pages_changed.notify()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Held by a run: engines are not stopped for want of a page meanwhile."""
+        with self._pages_changed:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._pages_changed:
+                self._users -= 1
+                self._pages_changed.notify()
+
+    def ready(self, name: str, config: EngineConfig | None = None) -> Serving:
+        """The engine serving under `config`: installed, started or restarted as needed. Blocks; raises EngineError."""
+        slot = self._slots[name]
+        config = config or self.config(name)
+        with slot.gate:
+            if self._closing.is_set():
+                raise EngineError("The app is closing.")
+            server = slot.server
+            same = server is not None and replace(server.config, port=config.port) == config
+            if server is None or not same or not server.running():
+                if not self.resident_together:
+                    self._stop_others(name)
+                self._start(slot, config)
+            server, environment = slot.server, slot.environment
+            assert server is not None and environment is not None
+            return Serving(
+                endpoint=server.endpoint,
+                config=server.config,
+                command=server.shown_command,
+                version=environment.engine_version(),
+                installed=environment.installed() if slot.engine.requirements else {},
+                phases=tuple(server.phases),
+                caveat=slot.engine.caveat(server.config),
+            )
+
+    @contextlib.contextmanager
+    def busy(self, name: str) -> Iterator[None]:
+        """Shows the engine as busy while a request of ours is with it."""
+        slot = self._slots[name]
+        if slot.status.light == "ready":
+            self._show(slot, light="busy")
+        try:
+            yield
+        finally:
+            if slot.status.light == "busy":
+                self._show(slot, light="ready")
+
+    def settle(self, name: str) -> bool:
+        """Wait until the other engines leave the processor alone; False when they did not within the limit.
+
+        Measured: vLLM's worker spins a whole core for a second after its last request, which on two cores halved
+        the speed of whichever engine came next.
+        """
+        others = [slot for other, slot in self._slots.items() if other != name]
+        deadline = monotonic_clock() + SETTLE_LIMIT_SECONDS
+        while True:
+            servers = [server for slot in others if (server := slot.server) is not None]
+            before, began = sum(server.processor_seconds() for server in servers), monotonic_clock()
+            if not servers or self._closing.wait(SETTLE_LOOK_SECONDS):
+                return True
+            used = sum(server.processor_seconds() for server in servers) - before
+            if used < QUIET_SHARE_OF_CORE * (monotonic_clock() - began):
+                return True
+            if monotonic_clock() > deadline:
+                return False
+
+    def stop_engine(self, name: str) -> None:
+        slot = self._slots[name]
+        server = slot.server
+        if server is not None:
+            server.stop()  # also ends a wait for its readiness, so that the gate opens
+        with slot.gate:
+            if slot.server is not None:
+                slot.server.stop()
+                slot.server = None
+            if slot.status.light != "failed":
+                self._show(slot, light="down", phase="")
+
+    def close(self) -> None:
+        """Stop everything; returns when no process of ours is left."""
+        self._closing.set()
+        with self._pages_changed:
+            self._pages_changed.notify()
+        stoppers = [threading.Thread(target=self.stop_engine, args=(name,)) for name in self._slots]
+        for stopper in stoppers:
+            stopper.start()
+        for stopper in stoppers:
+            stopper.join()
+
+    # Inside
+
+    def _bring_up_quietly(self, name: str) -> None:
+        """In the background an error belongs in the lane, where `_start` has put it, and nowhere else."""
+        with contextlib.suppress(EngineError):
+            if self.resident_together:
+                self.ready(name)
+            else:
+                slot = self._slots[name]
+                with slot.gate, self._failures_shown(slot):
+                    self._install(slot)
+                    self._show(slot, light="down", phase="installed; starts when it is its turn")
+
+    def _start(self, slot: _Slot, config: EngineConfig) -> None:
+        engine = slot.engine
+        with self._failures_shown(slot):
+            if slot.server is not None:
+                slot.server.stop()
+                slot.server = None
+            config = replace(config, port=self._fixed_port or free_port())
+            engine.serve_command(config)  # what it cannot do is said before minutes of installing
+            self._install(slot)
+            assert slot.environment is not None
+            version = slot.environment.engine_version()
+            self._show(slot, light="starting", phase="importing", phases=(), version=version)
+            slot.server = Server(
+                engine,
+                config,
+                slot.environment,
+                self.cache / "logs" / f"{engine.name}-{os.getpid()}.log",
+                on_phase=lambda phase: self._phase(slot, phase),
+                on_death=lambda error: self._died(slot, error),
+            )
+            try:
+                slot.server.wait_until_ready(READY_LIMIT_SECONDS)
+            except EngineError as error:
+                slot.server = None
+                if names_missing_package(error):
+                    slot.environment.discard()  # a broken installation: the next attempt makes it again
+                raise
+            self._show(slot, light="ready", phase="", phases=tuple(slot.server.phases))
+
+    def _install(self, slot: _Slot) -> None:
+        slot.environment = slot.environment or Environment(slot.engine, self.hardware.device, self.cache)
+        if slot.environment.problem() is None:
+            return
+        self._show(slot, light="installing", phase="waiting for its turn", install_seconds=None)
+        with self._install_turn:
+            began = monotonic_clock()
+            slot.environment.ensure(lambda message: self._show(slot, phase=message), self._closing)
+            self._show(slot, install_seconds=monotonic_clock() - began)
+
+    @contextlib.contextmanager
+    def _failures_shown(self, slot: _Slot) -> Iterator[None]:
+        try:
+            yield
+        except EngineError as error:
+            if not self._closing.is_set():
+                self._show(slot, light="failed", phase="", error=error.message, log_tail=error.log_tail)
+            raise
+
+    def _phase(self, slot: _Slot, phase: str) -> None:
+        if phase != "ready":  # the light says that
+            self._show(slot, phase=phase)
+
+    def _died(self, slot: _Slot, error: EngineError) -> None:
+        slot.server = None
+        if not self._closing.is_set():
+            self._show(slot, light="failed", phase="", error=error.message, log_tail=error.log_tail)
+
+    def _stop_others(self, name: str) -> None:
+        for other in self._slots:
+            if other != name and self._slots[other].server is not None:
+                self.stop_engine(other)
+
+    def _show(self, slot: _Slot, **changes: object) -> None:
+        before = slot.status
+        if changes.get("light", before.light) != "failed":
+            changes = {"error": "", "log_tail": "", **changes}
+        after = replace(before, **changes)  # type: ignore[arg-type]
+        if (after.light, after.phase) != (before.light, before.phase):
+            # While it installs or starts, one stopwatch runs over all of its phases.
+            if after.light != before.light:
+                after = replace(after, since=monotonic_clock())
+            self._tell(slot, before, after)
+        slot.status = after
+
+    def _tell(self, slot: _Slot, before: Status, after: Status) -> None:
+        """The same story on the terminal, without the busy lights and with a download's progress now and then."""
+        if "busy" in (before.light, after.light) and after.light != "failed":
+            return
+        if after.light == before.light == "installing" and monotonic_clock() - slot.told < TELL_EVERY_SECONDS:
+            return
+        slot.told = monotonic_clock()
+        words = ": ".join(filter(None, (after.light, after.phase, after.error)))
+        log.info("%s: %s", slot.engine.label, words)
+        if after.log_tail and after.light == "failed":
+            log.info("end of its log:\n%s", after.log_tail)
+
+    def _watch_pages(self) -> None:
+        limit = self._first_page_seconds
+        while not self._closing.is_set():
+            with self._pages_changed:
+                needed = bool(self._pages or self._users)
+                if needed:
+                    limit = self._page_grace_seconds
+                    self._pages_changed.wait()
+                    continue
+                changed = self._pages_changed.wait(timeout=limit)
+            if not changed and self._wanted and not self._closing.is_set():
+                self._wanted = False
+                log.info("nobody has the page open: stopping the engines")
+                for name in self._slots:
+                    self.stop_engine(name)
+
+
+def names_missing_package(error: EngineError) -> bool:
+    """Whether the engine died of a package that is missing or broken in its environment."""
+    return any(word in error.message for word in ("ModuleNotFoundError", "ImportError"))

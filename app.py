@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from demo_model import default_model, model_label, model_note
+from demo_model.bundled import default_model, model_label, model_note
 from engines import ENGINES, engine_named
 from engines.base import Engine, EngineError
 from engines.environments import CACHE_VARIABLE

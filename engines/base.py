@@ -52,6 +52,7 @@ class EngineConfig:
     speculation: Speculation | None = None
     memory_share: float = 0.85  # of the GPU's memory; a CPU engine's cache has a fixed size in its own file
     port: int = 8000
+    cpu_threads: int | None = None  # for computing on the CPU; None: as many as the engine likes
 
     def __post_init__(self) -> None:
         if not 0 < self.memory_share < 1:

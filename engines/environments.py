@@ -121,8 +121,10 @@ class Environment:
             self._check_space()
             try:
                 self._make(progress, cancelled)
-            except BaseException:
+            except BaseException as failure:
                 shutil.rmtree(self.folder, ignore_errors=True)
+                if isinstance(failure, OSError):  # pip found room for everything, the marker did not
+                    raise EngineError(f"Installing {self.engine.label} failed: {_reason([str(failure)])}") from failure
                 raise
 
     def discard(self) -> None:
@@ -222,7 +224,9 @@ def _reason(tail: list[str]) -> str:
     text = "\n".join(tail)
     if "No space left on device" in text:
         return f"the disk is full. Free some space, or set {CACHE_VARIABLE} to a folder on a larger disk."
+    if "Retry(total=0" in text:  # its last attempt; what follows speaks of conflicts or of no such version
+        return "the package index cannot be reached. Check the network connection, and try again."
     for line in reversed(tail):
-        if line.startswith("ERROR"):
+        if line.startswith("ERROR") and "for help visit" not in line:
             return line.removeprefix("ERROR:").strip()
     return tail[-1] if tail else "pip gave no reason."

@@ -19,7 +19,8 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """`gpu` is None without an NVIDIA GPU. `cores` are those this process may use."""
+    """`gpu` is None without an NVIDIA GPU; `gpu_memory_gib` also where the GPU shares the machine's memory.
+    `cores` are those this process may use."""
 
     cpu: str
     cores: int
@@ -39,7 +40,8 @@ class Hardware:
         if not self.gpu:
             return f"{machine}, no GPU"
         count = f"{self.gpu_count} x " if self.gpu_count > 1 else ""
-        return f"{count}{self.gpu} ({self.gpu_memory_gib:.0f} GiB), {machine}"
+        memory = "" if self.gpu_memory_gib is None else f" ({self.gpu_memory_gib:.0f} GiB)"
+        return f"{count}{self.gpu}{memory}, {machine}"
 
 
 @cache
@@ -66,7 +68,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _nvidia_gpus() -> list[tuple[str, float]]:
+def _nvidia_gpus() -> list[tuple[str, float | None]]:
     """(name, memory in GiB) of each GPU as nvidia-smi reports it; empty where there is none."""
     if not shutil.which("nvidia-smi"):
         return []
@@ -80,5 +82,12 @@ def _nvidia_gpus() -> list[tuple[str, float]]:
         )
     except (OSError, subprocess.SubprocessError):
         return []  # a driver that does not answer is a GPU that cannot be used
-    rows = [line.rpartition(",") for line in answer.stdout.splitlines() if line.strip()]
-    return [(name.strip(), round(float(mebibytes) / 1024, 1)) for name, _, mebibytes in rows]
+    rows = [line.rpartition(",") for line in answer.stdout.splitlines()]
+    return [(name.strip(), _gibibytes(memory.strip())) for name, _, memory in rows if name]  # else it is a message
+
+
+def _gibibytes(mebibytes: str) -> float | None:
+    try:
+        return round(float(mebibytes) / 1024, 1)
+    except ValueError:
+        return None  # "[N/A]": it has no memory of its own

@@ -124,8 +124,13 @@ class LocalHost:
         return {name: slot.status for name, slot in self._slots.items()}
 
     def config(self, name: str) -> EngineConfig:
-        """The plain configuration: no prefix cache, no speculation."""
-        return EngineConfig(model=self.model, device=self.hardware.device)
+        """The plain configuration: no prefix cache, no speculation.
+
+        On a CPU one core is left to the server, the load generator and the page, as vLLM does by itself; so all
+        engines compute with the same number of threads.
+        """
+        threads = max(1, self.hardware.cores - 1) if self.hardware.device == "cpu" else None
+        return EngineConfig(model=self.model, device=self.hardware.device, cpu_threads=threads)
 
     # Bringing engines up and down
 
@@ -143,7 +148,8 @@ class LocalHost:
         with self._pages_changed:
             self._pages.add(page)
             self._pages_changed.notify()
-        if not self._wanted and not self._closing.is_set():
+            wanted, self._wanted = self._wanted, True
+        if not wanted and not self._closing.is_set():
             self.open()
 
     def page_closed(self, page: str) -> None:
@@ -175,9 +181,9 @@ class LocalHost:
             if server is None or not same or not server.running():
                 if not self.resident_together:
                     self._stop_others(name)
-                self._start(slot, config)
-            server, environment = slot.server, slot.environment
-            assert server is not None and environment is not None
+                server = self._start(slot, config)
+            environment = slot.environment
+            assert environment is not None
             return Serving(
                 endpoint=server.endpoint,
                 config=server.config,
@@ -203,8 +209,8 @@ class LocalHost:
     def settle(self, name: str) -> bool:
         """Wait until the other engines leave the processor alone; False when they did not within the limit.
 
-        Measured: vLLM's worker spins a whole core for a second after its last request, which on two cores halved
-        the speed of whichever engine came next.
+        An engine may keep a core spinning after its last request (vLLM's worker process did so for a second), which
+        on two cores halves the speed of whichever engine comes next.
         """
         others = [slot for other, slot in self._slots.items() if other != name]
         deadline = monotonic_clock() + SETTLE_LIMIT_SECONDS
@@ -225,10 +231,12 @@ class LocalHost:
         if server is not None:
             server.stop()  # also ends a wait for its readiness, so that the gate opens
         with slot.gate:
+            if server is not None and slot.server not in (server, None):
+                return  # it was started anew meanwhile, for somebody who wants it
             if slot.server is not None:
                 slot.server.stop()
                 slot.server = None
-            if slot.status.light != "failed":
+            if server is not None or slot.status.light != "failed":
                 self._show(slot, light="down", phase="")
 
     def close(self) -> None:
@@ -255,11 +263,11 @@ class LocalHost:
                     self._install(slot)
                     self._show(slot, light="down", phase="installed; starts when it is its turn")
 
-    def _start(self, slot: _Slot, config: EngineConfig) -> None:
+    def _start(self, slot: _Slot, config: EngineConfig) -> Server:
         engine = slot.engine
         with self._failures_shown(slot):
-            if slot.server is not None:
-                slot.server.stop()
+            if (old := slot.server) is not None:
+                old.stop()
                 slot.server = None
             config = replace(config, port=self._fixed_port or free_port())
             engine.serve_command(config)  # what it cannot do is said before minutes of installing
@@ -267,7 +275,7 @@ class LocalHost:
             assert slot.environment is not None
             version = slot.environment.engine_version()
             self._show(slot, light="starting", phase="importing", phases=(), version=version)
-            slot.server = Server(
+            server = slot.server = Server(
                 engine,
                 config,
                 slot.environment,
@@ -275,14 +283,17 @@ class LocalHost:
                 on_phase=lambda phase: self._phase(slot, phase),
                 on_death=lambda error: self._died(slot, error),
             )
+            if self._closing.is_set():  # it may have looked for a server just before there was one
+                server.stop()
             try:
-                slot.server.wait_until_ready(READY_LIMIT_SECONDS)
+                server.wait_until_ready(READY_LIMIT_SECONDS)
             except EngineError as error:
                 slot.server = None
                 if names_missing_package(error):
                     slot.environment.discard()  # a broken installation: the next attempt makes it again
                 raise
-            self._show(slot, light="ready", phase="", phases=tuple(slot.server.phases))
+            self._show(slot, light="ready", phase="", phases=tuple(server.phases))
+            return server
 
     def _install(self, slot: _Slot) -> None:
         slot.environment = slot.environment or Environment(slot.engine, self.hardware.device, self.cache)
@@ -351,11 +362,14 @@ class LocalHost:
                     self._pages_changed.wait()
                     continue
                 changed = self._pages_changed.wait(timeout=limit)
-            if not changed and self._wanted and not self._closing.is_set():
-                self._wanted = False
+                leave = not changed and self._wanted and not self._closing.is_set()
+                if leave:
+                    self._wanted = False
+            if leave:
                 log.info("nobody has the page open: stopping the engines")
                 for name in self._slots:
-                    self.stop_engine(name)
+                    if not self._wanted:  # else somebody has come meanwhile
+                        self.stop_engine(name)
 
 
 def names_missing_package(error: EngineError) -> bool:

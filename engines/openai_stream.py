@@ -44,7 +44,7 @@ def parse_chunk(payload: bytes) -> Chunk:
         return Chunk(error=f"The engine sent something that is not JSON: {payload[:120].decode(errors='replace')}")
     if not isinstance(event, dict):
         return Chunk(error="The engine sent an event that is not an object.")
-    if "error" in event:
+    if event.get("error") is not None:
         return Chunk(error=f"The engine reported an error: {_error_text(event['error'])}")
     usage = _usage(event.get("usage"))
     choices = event.get("choices") or []
@@ -129,9 +129,9 @@ class ChatClient:
                     raise EngineError(f"{label} refused the request with HTTP {response.status}: {answer}")
                 async for block in response.content.iter_any():
                     yield block
-        except aiohttp.ClientConnectorError as failure:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as failure:
             raise EngineError(f"{label} cannot be reached at {self.endpoint.base_url}.") from failure
+        except TimeoutError as failure:  # before ClientError, which aiohttp's timeouts are as well
+            raise EngineError(f"{label} sent nothing for {SILENCE_LIMIT_SECONDS} s.") from failure
         except (aiohttp.ClientError, ConnectionError) as failure:
             raise EngineError(f"{label} broke off the answer: {failure or type(failure).__name__}.") from failure
-        except TimeoutError as failure:
-            raise EngineError(f"{label} sent nothing for {SILENCE_LIMIT_SECONDS} s.") from failure

@@ -62,8 +62,11 @@ class Server:
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._stopping = self._ready = False
         self._began = self._phase_began = monotonic_clock()
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        self._log_file = log_file
+        try:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            self._log = log_file.open("wb", buffering=0)
+        except OSError as failure:
+            raise EngineError(f"Cannot write the log {log_file}: {failure.strerror}.") from failure
         program = [environment.program(self.command[0]), *self.command[1:]]
         offline = {"HF_HUB_OFFLINE": "1"} if Path(config.model).expanduser().exists() else {}
         self._process = KeptProcess(program, {**offline, **self.variables})
@@ -89,7 +92,8 @@ class Server:
         return self._process.pid
 
     def running(self) -> bool:
-        return self._process.running()
+        """Whether it can be counted on: not one that is just being stopped."""
+        return not self._stopping and self._process.running()
 
     def processor_seconds(self) -> float:
         """Processor time that the engine's live processes have used so far."""
@@ -111,11 +115,11 @@ class Server:
         """Returns when the server answers; raises EngineError with the log's tail when it died or took too long."""
         deadline = self._began + limit_seconds
         while True:
+            if self._stopping:  # first: what we stopped did not die
+                raise EngineError(f"{self.engine.label} was stopped while it started.", self.log_tail)
             if not self._process.running():
                 self._reader.join(timeout=5)
                 raise self._death()
-            if self._stopping:
-                raise EngineError(f"{self.engine.label} was stopped while it started.", self.log_tail)
             if self._healthy() and self._owns_port():
                 break
             if monotonic_clock() > deadline:
@@ -135,11 +139,10 @@ class Server:
 
     def _read_log(self) -> None:
         patterns = [(re.compile(pattern), phase) for pattern, phase in self.engine.phases]
-        with self._log_file.open("w", encoding="utf-8") as log:
-            log.write(f"$ {self.shown_command}\n")
+        with self._log:
+            self._write_log(f"$ {self.shown_command}\n")
             for line in self._process:
-                log.write(line)
-                log.flush()
+                self._write_log(line)
                 if line.strip():
                     self._tail.append(line.rstrip()[:500])
                 for pattern, phase in patterns:
@@ -149,6 +152,10 @@ class Server:
         self._process.wait()
         if self._ready and not self._stopping:
             self._on_death(self._death())
+
+    def _write_log(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the reading: the engine would wait for us
+            self._log.write(line.encode(errors="replace"))
 
     def _enter(self, phase: str) -> None:
         now = monotonic_clock()
@@ -222,6 +229,9 @@ def check_model(model: str) -> None:
 
 def free_port() -> int:
     with socket.socket() as probe:
+        # A process that another thread is just forking holds this socket until it executes its program; with
+        # this option the port counts as free all the same.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 

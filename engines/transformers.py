@@ -19,6 +19,8 @@ def serve_command(config: EngineConfig) -> list[str]:
 
 
 def variables(config: EngineConfig) -> dict[str, str]:
+    if config.device == "cpu" and config.cpu_threads:
+        return {"OMP_NUM_THREADS": str(config.cpu_threads)}
     return {}
 
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from demo_model import default_model, model_label, model_note
+from demo_model.bundled import default_model, model_label, model_note
 from engines import ENGINES
 from engines.base import Engine, EngineError
 from engines.local import LocalHost
@@ -26,9 +26,8 @@ DEFAULT_PROMPT = "Write a short paragraph about LLM inference serving optimizati
 def main(arguments: list[str] | None = None, engines: tuple[Engine, ...] = ENGINES) -> int:
     options = _parser(engines).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    # A plain `kill` ends the engines in order, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda number, frame: (_ for _ in ()).throw(KeyboardInterrupt()))
-    names = tuple(options.engine or [engine.name for engine in engines])
+    signal.signal(signal.SIGTERM, _interrupt)
+    names = tuple(dict.fromkeys(options.engine or [engine.name for engine in engines]))  # each once
     try:
         plan = Plan(
             prompt=options.prompt,
@@ -58,6 +57,11 @@ def main(arguments: list[str] | None = None, engines: tuple[Engine, ...] = ENGIN
     print(text_table(result))
     print(f"\nWritten to {path}")
     return 0 if _measured_something(result) else 1
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A plain `kill` ends the engines in order, as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def _parser(engines: tuple[Engine, ...]) -> argparse.ArgumentParser:

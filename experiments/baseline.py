@@ -24,7 +24,7 @@ def headline(result: ExperimentResult) -> str:
         ((row, speed) for row, speed in speeds if speed.mean is not None), key=lambda pair: -(pair[1].mean or 0)
     )
     silent = [row.label for row, speed in speeds if speed.mean is None]
-    missing = f" {_listed(silent)} gave no answer." if silent else ""
+    missing = f" {_listed(silent)} gave no speed that could be measured." if silent else ""
     if not ranked:
         return "No engine gave an answer that could be measured." + (missing if len(silent) > 1 else "")
     (first, best), *others = ranked

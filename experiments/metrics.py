@@ -86,11 +86,14 @@ class RequestMetrics:
     @property
     def inter_token_latencies(self) -> list[float]:
         """ITL, s: the gaps between chunks; a chunk of k tokens counts as k gaps of a k-th each."""
-        gaps = []
+        gaps: list[float] = []
         arrivals = self.timeline.arrivals
-        for before, after in zip(arrivals, arrivals[1:], strict=False):
-            tokens = 1 if after.tokens is None else after.tokens
-            gaps += [(after.at - before.at) / tokens] * tokens if tokens else []
+        before = arrivals[0].at if arrivals else 0.0
+        for arrival in arrivals[1:]:
+            tokens = 1 if arrival.tokens is None else arrival.tokens
+            if tokens > 0:  # text without a new token leaves its gap to the next token
+                gaps += [(arrival.at - before) / tokens] * tokens
+                before = arrival.at
         return gaps
 
     @property

@@ -95,7 +95,7 @@ def csv_bytes(result: ExperimentResult) -> bytes:
             [_plain(word) for word in fixed]
             + [row.engine, versions.get(row.engine) or "", int(row.warmup), row.repeat]
             + ["" if value is None else value for value in values]
-            + [row.timeline.token_source, row.timeline.finish_reason or "", _plain(row.timeline.error or "")]
+            + [row.timeline.token_source, _plain(row.timeline.finish_reason or ""), _plain(row.timeline.error or "")]
         )
     return out.getvalue().encode()
 

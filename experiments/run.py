@@ -234,7 +234,7 @@ class BackgroundRun:
         async def main() -> None:
             self._loop, self._task = asyncio.get_running_loop(), asyncio.ensure_future(run(*self._arguments))
             if self._stop_asked.is_set():
-                self._task.cancel()
+                self._loop.call_soon(self._task.cancel)  # once it has begun: before, it could not end with a result
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 

@@ -1,0 +1,233 @@
+"""Bytes of server-sent events into chunks, what a request says, and what becomes of every failure on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from engines import ENGINES, engine_named, openai_stream
+from engines.base import Chunk, EngineError, Request, Usage
+from engines.openai_stream import ChatClient, ChatStreamParser, Endpoint, parse_chunk
+from engines.server import free_port
+
+REQUEST = Request("Why?", max_tokens=3)
+
+
+def event(delta: dict[str, Any], **more: Any) -> bytes:
+    return json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}], **more}).encode()
+
+
+STREAM = b"\n\n".join(
+    [
+        b": a comment keeps the connection open",
+        b"data: " + event({"role": "assistant", "content": ""}),
+        b"event: message\ndata: " + json.dumps(json.loads(event({"content": "né"})), ensure_ascii=False).encode(),
+        b"data:" + event({"content": " two"}),  # the blank after the colon is optional
+        b'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}',
+        b'data: {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2}}',
+        b"data: [DONE]",
+        b"",
+    ]
+)
+CHUNKS = [Chunk(), Chunk("né"), Chunk(" two"), Chunk(finish_reason="stop"), Chunk(usage=Usage(4, 2))]
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+def test_a_stream_cut_at_any_byte_gives_the_same_chunks(newline: bytes) -> None:
+    stream = STREAM.replace(b"\n", newline)
+    for cut in range(len(stream) + 1):  # one of the cuts lies inside the two bytes of é
+        parser = ChatStreamParser()
+        assert parser.feed(stream[:cut]) + parser.feed(stream[cut:]) == CHUNKS, f"cut at byte {cut}"
+
+
+def test_a_stream_that_comes_byte_by_byte_gives_the_same_chunks() -> None:
+    parser = ChatStreamParser()
+    assert [chunk for byte in STREAM for chunk in parser.feed(bytes([byte]))] == CHUNKS
+
+
+def test_a_line_without_its_end_waits_for_it() -> None:
+    parser = ChatStreamParser()
+    assert parser.feed(b"data: " + event({"content": "x"})) == []
+    assert parser.feed(b"\n") == [Chunk("x")]
+
+
+def test_the_role_and_an_empty_text_are_no_output() -> None:
+    assert not parse_chunk(event({"role": "assistant", "content": ""})).has_output
+    assert not parse_chunk(event({"role": "assistant", "content": None})).has_output
+    assert parse_chunk(event({"content": " "})).has_output  # a blank is a token
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"], ids=["vLLM's word", "SGLang's word"])
+def test_reasoning_is_told_from_text(key: str) -> None:
+    assert parse_chunk(event({key: "hm"})) == Chunk(reasoning="hm")
+
+
+def test_usage_comes_with_chunks_too_and_names_cached_tokens() -> None:
+    usage = {"prompt_tokens": 40, "completion_tokens": 6, "prompt_tokens_details": {"cached_tokens": 32}}
+    assert parse_chunk(event({"content": "x"}, usage=usage)) == Chunk("x", usage=Usage(40, 6, 32))
+
+
+def test_what_the_server_does_not_report_is_none_and_not_zero() -> None:
+    assert parse_chunk(event({"content": "x"}, usage=None)).usage is None
+    details_are_null = {"prompt_tokens": 4, "completion_tokens": 2, "prompt_tokens_details": None}
+    assert parse_chunk(event({}, usage=details_are_null)).usage == Usage(4, 2, None)
+    assert parse_chunk(event({}, usage={})).usage == Usage(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [
+        (b"{broken", "sent something that is not JSON: {broken"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[1, 2]", "an event that is not an object"),
+        (b'{"error": {"message": "no blocks left", "code": 500}}', "reported an error: no blocks left"),
+        (b'{"error": "no blocks left"}', "reported an error: no blocks left"),
+    ],
+)
+def test_what_is_no_chunk_carries_an_error(payload: bytes, words: str) -> None:
+    error = parse_chunk(payload).error
+    assert error is not None and words in error
+
+
+def test_an_error_of_null_is_no_error() -> None:
+    assert parse_chunk(event({"content": "x"}, error=None)) == Chunk("x")
+
+
+def test_a_long_error_is_cut() -> None:
+    error = parse_chunk(json.dumps({"error": "x" * 9000}).encode()).error
+    assert error is not None and len(error) == len("The engine reported an error: ") + 500
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+def test_a_request_names_the_model_the_question_and_the_length(engine: Any) -> None:
+    request = Request("Why?", max_tokens=64, temperature=0.5, seed=7)
+    body = Endpoint(engine, "http://127.0.0.1:8000", "/models/small").body(request)
+    plain = {
+        "model": "/models/small",
+        "messages": [{"role": "user", "content": "Why?"}],
+        "max_tokens": 64,
+        "temperature": 0.5,
+        "seed": 7,
+        "stream": True,
+    }
+    assert body == {**plain, **engine.request_fields(request)}
+
+
+# The client, against a server in this process
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def received(handler: Handler, requests: int = 1, **settings: Any) -> list[bytes | EngineError]:
+    """What `requests` requests at once to a server with this handler give: all bytes, or the error."""
+
+    async def one(client: ChatClient) -> bytes | EngineError:
+        try:
+            return b"".join([block async for block in client.blocks(REQUEST)])
+        except EngineError as error:
+            return error
+
+    async def all_at_once() -> list[bytes | EngineError]:
+        application = web.Application()
+        application.router.add_post("/v1/chat/completions", handler)
+        runner = web.AppRunner(application, shutdown_timeout=0.1)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            port = runner.addresses[0][1]
+            endpoint = Endpoint(engine_named("vllm"), f"http://127.0.0.1:{port}", "m")
+            async with ChatClient(endpoint, **settings) as client:
+                return await asyncio.gather(*(one(client) for _ in range(requests)))
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(all_at_once())
+
+
+async def answer(request: web.Request) -> web.StreamResponse:
+    body = await request.json()
+    return web.Response(body=f"{body['messages'][0]['content']} {body['max_tokens']}".encode())
+
+
+def test_the_client_sends_the_request_and_yields_the_answers_bytes() -> None:
+    assert received(answer) == [b"Why? 3"]
+
+
+def test_a_proxy_of_the_surroundings_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert received(answer) == [b"Why? 3"]
+
+
+@pytest.mark.parametrize(("connections", "together"), [(1, 1), (3, 3)])
+def test_as_many_requests_are_open_at_once_as_there_are_connections(connections: int, together: int) -> None:
+    now = most = 0
+
+    async def count(request: web.Request) -> web.StreamResponse:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.05)
+        now -= 1
+        return web.Response(text="ok")
+
+    assert received(count, requests=3, connections=connections) == [b"ok"] * 3
+    assert most == together
+
+
+def test_an_endpoint_where_nobody_listens_cannot_be_reached() -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+
+    async def ask() -> None:
+        async with ChatClient(Endpoint(engine_named("vllm"), address, "m")) as client:
+            async for _ in client.blocks(REQUEST):
+                pass
+
+    with pytest.raises(EngineError, match=f"^vLLM cannot be reached at {address}.$"):
+        asyncio.run(ask())
+
+
+def test_a_refusal_is_shown_with_the_servers_own_words() -> None:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"detail": "unknown field: ignore_eos"}, status=422)
+
+    (error,) = received(refuse)
+    assert isinstance(error, EngineError)
+    assert error.message.startswith('vLLM refused the request with HTTP 422: {"detail": "unknown field: ignore_eos"}')
+
+
+def test_a_connection_cut_in_mid_answer_is_told() -> None:
+    async def cut(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"data: half")
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    (error,) = received(cut)
+    assert isinstance(error, EngineError)
+    assert error.message.startswith("vLLM broke off the answer: ")
+
+
+def test_silence_beyond_the_limit_is_told_as_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_stream, "SILENCE_LIMIT_SECONDS", 0.2)
+
+    async def fall_silent(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"data: half")
+        await asyncio.sleep(60)
+        return response
+
+    (error,) = received(fall_silent)
+    assert isinstance(error, EngineError)
+    assert error.message == "vLLM sent nothing for 0.2 s."

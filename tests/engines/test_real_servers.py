@@ -1,0 +1,240 @@
+"""The three real engine servers on the CPU. Installs their environments when they are not there yet: minutes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engines import ENGINES, engine_named
+from engines.base import EngineConfig, EngineError, Request
+from engines.environments import Environment, cache_folder
+from engines.hardware import this_machine
+from engines.local import LocalHost, Serving
+from engines.openai_stream import ChatClient, ChatStreamParser
+from engines.timeline import Timeline, record
+from experiments.base import Plan
+from experiments.baseline import EXPERIMENT
+from experiments.metrics import RequestMetrics
+from experiments.run import run
+from tests.conftest import wait_until
+from tests.running_app import alive
+
+pytestmark = pytest.mark.engines
+NAMES = tuple(engine.name for engine in ENGINES)
+TOKENS = 48
+COUNT_TOKENS = "import sys; from tokenizers import Tokenizer; t = Tokenizer.from_file(sys.argv[1]); " + (
+    "print(len(t.encode(sys.stdin.read()).ids))"
+)
+
+
+@pytest.fixture(scope="module")
+def cpu() -> None:
+    if this_machine().device != "cpu":
+        pytest.skip("these tests measure the CPU path; this machine has a GPU")
+
+
+@pytest.fixture(scope="module")
+def host(cpu: None, model: str) -> Iterator[LocalHost]:
+    host = LocalHost(ENGINES, model)
+    host.open()
+    yield host
+    host.close()
+
+
+@pytest.fixture(params=NAMES)
+def serving(request: pytest.FixtureRequest, host: LocalHost) -> Serving:
+    return host.ready(request.param)
+
+
+def ask(serving: Serving, tokens: int = TOKENS, fixed: bool = True) -> Timeline:
+    async def exchange() -> Timeline:
+        async with ChatClient(serving.endpoint) as client:
+            question = Request("Write about the cache.", max_tokens=tokens, fixed_length=fixed)
+            return await record(question, client.blocks, ChatStreamParser())
+
+    return asyncio.run(exchange())
+
+
+def test_an_engine_streams_its_answer_token_by_token(serving: Serving) -> None:
+    timeline = ask(serving)
+
+    assert timeline.error is None
+    assert timeline.finish_reason == "length"
+    assert len(timeline.arrivals) > TOKENS / 2, "it arrived in pieces, not at once"
+    assert timeline.arrivals[0].at < timeline.arrivals[-1].at
+    metrics = RequestMetrics(timeline)
+    assert metrics.ttft and metrics.tpot and metrics.e2e
+    assert 0 < metrics.ttft < metrics.e2e
+
+
+def test_the_reported_token_count_agrees_with_the_engines_own_tokenizer(serving: Serving, host: LocalHost) -> None:
+    timeline = ask(serving)
+
+    assert timeline.usage.output_tokens == TOKENS
+    assert timeline.token_source in ("per chunk", "final usage")
+    python = Environment(serving.endpoint.engine, "cpu").program("python")
+    tokenizer = str(Path(host.model) / "tokenizer.json")
+    counted = subprocess.run(
+        [python, "-c", COUNT_TOKENS, tokenizer], input=timeline.text.strip(), capture_output=True, text=True, check=True
+    )
+    assert int(counted.stdout) == TOKENS
+
+
+def test_every_engine_reports_the_same_prompt_length_and_says_what_it_runs(host: LocalHost) -> None:
+    servings = [host.ready(name) for name in NAMES]
+
+    assert len({ask(serving).usage.prompt_tokens for serving in servings}) == 1
+    for serving in servings:
+        assert serving.version and serving.version[0].isdigit()
+        assert host.model in serving.command
+        phases = [phase.name for phase in serving.phases]
+        assert phases[0] == "importing" and "loading weights" in phases
+        assert all(phase.seconds >= 0 for phase in serving.phases)
+
+
+def test_with_the_prefix_cache_off_a_repeated_prompt_takes_nothing_from_it(serving: Serving) -> None:
+    ask(serving)
+
+    assert ask(serving).usage.cached_tokens in (0, None)
+
+
+def test_a_baseline_run_measures_all_three(host: LocalHost) -> None:
+    plan = Plan("Write about the cache.", NAMES, repeats=2, warmups=1, max_tokens=TOKENS)
+
+    result = asyncio.run(run(EXPERIMENT, plan, host, lambda event: None))
+
+    assert [engine.error for engine in result.engines] == [None] * 3
+    for name in NAMES:
+        assert len(result.measured(name)) == 2 and not result.failures(name)
+        assert {row.metrics.output_tokens for row in result.measured(name)} == {TOKENS}
+    assert any("share its cores" in label for label in result.labels)
+    caveats = {engine.name: engine.caveat for engine in result.engines}
+    assert "without its fast CPU kernels" in (caveats["sglang"] or "")
+
+
+def test_an_engine_that_is_killed_in_mid_stream_fails_its_lane_and_comes_back(
+    host: LocalHost, serving: Serving
+) -> None:
+    name = serving.endpoint.engine.name
+    victim = listening_process(serving.config.port)
+    killer = threading.Timer(0.4, lambda: os.kill(victim.pid, signal.SIGKILL))
+
+    killer.start()
+    timeline = ask(serving, tokens=2000)
+
+    assert timeline.arrivals, "it had begun to answer"
+    assert timeline.error and serving.endpoint.engine.label in timeline.error
+    wait_until(lambda: host.status(name).light == "failed", 30)
+    assert "signal 9" in host.status(name).error
+    assert host.status(name).log_tail
+    others = [other for other in NAMES if other != name]
+    assert all(host.status(other).light == "ready" for other in others)
+    assert ask(host.ready(name)).error is None
+
+
+def test_what_sglang_and_transformers_cannot_do_here_is_said_before_anything_starts(host: LocalHost) -> None:
+    config = EngineConfig(model=host.model, prefix_caching=True)
+
+    with pytest.raises(EngineError, match="no prefix cache|keeps no prefix cache"):
+        host.ready("transformers", config)
+    assert host.status("transformers").light == "failed"
+    assert host.ready("transformers").version  # and it works again
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_does_not_exist_is_said_in_the_lane(cpu: None, name: str, tmp_path: Path) -> None:
+    host = LocalHost([engine_named(name)], str(tmp_path / "no-such-model"))
+
+    with pytest.raises(EngineError, match="there is no such folder"):
+        host.ready(name)
+
+    assert host.status(name).light == "failed"
+    assert "no-such-model" in host.status(name).error
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_port_that_is_taken_is_said_in_the_lane(cpu: None, name: str, model: str) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        host = LocalHost([engine_named(name)], model, port=port)
+
+        with pytest.raises(EngineError, match=f"Port {port} is taken by another program"):
+            host.ready(name)
+
+        assert host.status(name).light == "failed"
+
+
+def test_a_broken_model_shows_the_end_of_the_engines_log(cpu: None, model: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonesuch", "architectures": ["Nonesuch"]}))
+    host = LocalHost([engine_named("transformers")], str(tmp_path))
+
+    with pytest.raises(EngineError) as caught:
+        host.ready("transformers")
+
+    assert "stopped with exit code" in caught.value.message
+    assert "Traceback" in caught.value.log_tail or "Error" in caught.value.log_tail
+    host.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_while_installing_is_said_and_nothing_is_left(
+    cpu: None, model: str, small_disk: Path
+) -> None:
+    engine = engine_named("transformers")
+    host = LocalHost([engine], model, cache=small_disk)
+    with pytest.raises(EngineError, match="Not enough disk space to install HF Transformers"):
+        host.ready("transformers")
+    unaware = LocalHost([replace(engine, install_gib=0.0)], model, cache=small_disk)  # the check passes, the disk fills
+
+    with pytest.raises(EngineError, match="the disk is full"):
+        unaware.ready("transformers")
+
+    assert unaware.status("transformers").light == "failed"
+    assert [entry for entry in (small_disk / "environments").iterdir() if entry.is_dir()] == []
+    assert cache_folder() != small_disk
+
+
+def test_stopping_leaves_no_process(host: LocalHost) -> None:
+    """The last of this file, because it ends the engines that the others share."""
+    for name in NAMES:
+        host.ready(name)
+    ours = psutil.Process().children(recursive=True)
+    assert len(ours) > 6  # keepers, servers and their workers
+
+    host.close()
+
+    assert alive(ours) == []
+    assert {host.status(name).light for name in NAMES} == {"down"}
+
+
+def listening_process(port: int) -> psutil.Process:
+    for process in psutil.Process().children(recursive=True):
+        if any(link.status == "LISTEN" and link.laddr.port == port for link in process.net_connections("tcp")):
+            return process
+    raise AssertionError(f"no process of ours listens on {port}")

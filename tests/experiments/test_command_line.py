@@ -1,0 +1,128 @@
+"""`python -m experiments`, with scripted engines in the place of the real ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engines.base import Engine
+from experiments.__main__ import main
+from experiments.result import ExperimentResult
+from tests.conftest import wait_until
+
+MakeEngine = Callable[..., Engine]
+PROJECT = Path(__file__).parent.parent.parent
+SHORT = ["--repeats", "1", "--warmups", "0", "--tokens", "6"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("BAKEOFF_CACHE", str(tmp_path / "cache"))
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)  # the command line sets its own
+    left = [child for child in psutil.Process().children(recursive=True) if "engines.scripted" in child.cmdline()]
+    assert left == []
+
+
+def saved(folder: Path) -> ExperimentResult:
+    (path,) = folder.iterdir()
+    return ExperimentResult.from_json(path.read_text(encoding="utf-8"))
+
+
+def test_a_run_prints_its_table_and_writes_its_json(
+    scripted: MakeEngine, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    engines = (scripted("one"), scripted("two"))
+    options = ["baseline", "--model", model, "--out", str(out), "--prompt", "Go.", "--race", "--natural-stop", *SHORT]
+    assert main(options, engines) == 0
+    result = saved(out)
+    assert [row.name for row in result.engines] == ["one", "two"]
+    assert [row.metrics.output_tokens for row in result.requests] == [6, 6]
+    settings = result.settings
+    assert (settings["prompt"], settings["race"], settings["fixed_length"]) == ("Go.", True, False)
+    assert (settings["repeats"], settings["warmups"], settings["max_tokens"]) == (1, 0, 6)
+    assert result.model_note == "Random weights: the speed is real, the words mean nothing."
+    printed = capsys.readouterr().out
+    assert printed.startswith("Engine")
+    assert "One decodes" in printed or "Two decodes" in printed
+    assert result.model_note in printed
+    assert f"Written to {out / result.id}.json" in printed
+
+
+def test_only_the_engines_that_were_asked_for_run_and_each_only_once(
+    scripted: MakeEngine, model: str, tmp_path: Path
+) -> None:
+    asked = ["--engine", "two", "--engine", "two"]
+    options = ["baseline", *asked, "--model", model, "--out", str(tmp_path / "results"), *SHORT]
+    assert main(options, (scripted("one"), scripted("two"))) == 0
+    result = saved(tmp_path / "results")
+    assert [row.name for row in result.engines] == ["two"]
+    assert len(result.requests) == 1
+
+
+def test_a_run_that_measured_nothing_keeps_its_result_and_exits_with_one(
+    scripted: MakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["baseline", "--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "results"), *SHORT]
+    assert main(options, (scripted("quick"),)) == 1
+    reason = f"There is no model in {tmp_path / 'nowhere'}: there is no such folder."
+    assert saved(tmp_path / "results").engines[0].error == reason
+    assert reason in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repeats", "0"], "Repeats must be a whole number from 1 to 20, not 0."),
+        (["--warmups", "-1"], "Warm-ups must be a whole number from 0 to 20, not -1."),
+        (["--tokens", "99999"], "Answer length must be a whole number from 1 to 2048, not 99999."),
+        (["--prompt", " "], "Type a prompt first: there is nothing to answer."),
+    ],
+)
+def test_a_setting_that_cannot_be_used_exits_with_two_and_the_reason(
+    scripted: MakeEngine, model: str, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["baseline", "--model", model, *options], (scripted("quick"),)) == 2
+    assert capsys.readouterr().err.strip() == message
+
+
+@pytest.mark.parametrize(
+    "options", [["bake"], ["baseline", "--engine", "llamafile"], ["baseline", "--repeats", "many"], []]
+)
+def test_a_word_that_it_does_not_know_exits_with_two(
+    scripted: MakeEngine, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(options, (scripted("quick"),))
+    assert caught.value.code == 2
+    assert "usage: python -m experiments" in capsys.readouterr().err
+
+
+def test_a_plain_kill_ends_the_run_and_its_engines_in_order(model: str, tmp_path: Path) -> None:
+    program = (
+        "import sys; from engines.scripted import SCRIPTED_ENGINES; from experiments.__main__ import main; "
+        "sys.exit(main(sys.argv[1:], SCRIPTED_ENGINES[:1]))"
+    )
+    options = ["baseline", "--model", model, "--out", str(tmp_path / "results"), "--tokens", "2000"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *options], cwd=PROJECT, env=os.environ, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "ready" in line:
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(15) == 130
+        assert "Stopped." in process.stderr.read().splitlines()
+    assert children
+    wait_until(lambda: not any(child.is_running() for child in children), 5)

@@ -1,0 +1,179 @@
+"""Results on disk: nothing is lost, nothing half written is ever read, and wrong files are refused in words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from engines.base import Usage
+from engines.timeline import Arrival, Timeline
+from experiments.metrics import METRICS
+from experiments.result import SCHEMA, EngineRow, ExperimentResult, RequestRow, ResultError, new_id
+
+SCHEMA_1 = Path(__file__).parent / "data" / "schema_1.json"  # from a real run of scripted engines
+
+OUTCOMES = list[float | None] | str
+
+
+def result_of(warmups: int = 0, ttft: float = 0.1, **engines: OUTCOMES) -> ExperimentResult:
+    """A baseline's result by hand: each engine's decode speeds in tok/s, None for a failed request, or the error
+    with which it could not be started. Two tokens each, the second 1/speed seconds after the first."""
+    rows, requests = [], []
+    for name, outcomes in engines.items():
+        error = outcomes if isinstance(outcomes, str) else None
+        rows.append(EngineRow(name, name.title(), "#0072B2", version=None if error else "1.0", error=error))
+        for number in range(warmups if not error else 0):
+            requests.append(RequestRow(name, number + 1, True, answer_at(1.0, ttft)))
+        for number, speed in enumerate([] if error else outcomes):
+            assert not isinstance(speed, str)
+            requests.append(RequestRow(name, number + 1, False, answer_at(speed, ttft)))
+    return ExperimentResult(
+        id="baseline-20261123-120000-abcdef",
+        experiment="baseline",
+        started="2026-11-23T12:00:00+00:00",
+        host="local",
+        hardware={"cpu": "Test CPU", "words": "Test CPU, 2 cores"},
+        model="test-model",
+        model_note="",
+        settings={"prompt": "Go."},
+        engines=tuple(rows),
+        requests=tuple(requests),
+    )
+
+
+def answer_at(speed: float | None, ttft: float) -> Timeline:
+    if speed is None:
+        return Timeline(sent=0.0, error="The engine refused the request with HTTP 500.")
+    arrivals = (Arrival(ttft, " one", tokens=1), Arrival(ttft + 1 / speed, " two", tokens=1))
+    return Timeline(0.0, arrivals, arrivals[-1].at, Usage(7, 2, 0), "per chunk", "length")
+
+
+@pytest.fixture
+def sample() -> ExperimentResult:
+    return ExperimentResult.from_json(SCHEMA_1.read_text(encoding="utf-8"))
+
+
+def test_a_round_trip_through_json_keeps_every_arrival_and_everything_else(sample: ExperimentResult) -> None:
+    again = ExperimentResult.from_json(sample.to_json())
+    assert again == sample
+    assert sum(len(row.timeline.arrivals) for row in again.requests) == 60
+
+
+def test_what_is_unknown_stays_unknown_through_json() -> None:
+    arrivals = (Arrival(0.1, "é\n\"'</script>", tokens=None), Arrival(0.25, "", reasoning=True, tokens=0))
+    request = RequestRow(
+        "quick", 1, False, Timeline(0.5, arrivals, None, Usage(None, None, 3), "estimated", None, "cut")
+    )
+    result = replace(result_of(quick=[]), requests=(request,), stopped_early=True, labels=("a label",))
+    again = ExperimentResult.from_json(result.to_json())
+    assert again.requests == (request,)
+    assert (again.stopped_early, again.labels) == (True, ("a label",))
+
+
+def test_results_of_schema_1_keep_loading_with_the_same_numbers(sample: ExperimentResult) -> None:
+    assert sample.schema == 1
+    assert [engine.name for engine in sample.engines] == ["quick", "bursty", "thinking", "failing", "absent"]
+    speeds = {engine.name: sample.distribution(engine.name, METRICS["decode_speed"]).mean for engine in sample.engines}
+    assert speeds == {
+        "quick": pytest.approx(94.657, abs=0.001),
+        "bursty": pytest.approx(98.768, abs=0.001),
+        "thinking": pytest.approx(92.620, abs=0.001),
+        "failing": None,
+        "absent": None,
+    }
+    assert sample.distribution("quick", METRICS["ttft"]).values == (0.02200717599998825, 0.02581990399994538)
+    assert [len(sample.measured(engine.name)) for engine in sample.engines] == [2, 2, 2, 2, 0]
+    thinking = sample.measured("thinking")[0].metrics
+    assert thinking.ttft is not None and thinking.time_to_first_answer is not None
+    assert thinking.ttft < thinking.time_to_first_answer
+    assert len(sample.failures("failing")) == 2
+    assert "the script says so" in str(sample.engines[-1].error)
+    assert sample.settings["prompt"] == "Say “hello”, 你好."
+    assert sample.source_line == "random-qwen3-3M · Test CPU, 2 cores, 8 GiB memory, no GPU · 2026-11-23"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not a whole result"),
+        ("engine,ttft\nquick,0.1\n", "not a whole result"),
+        (SCHEMA_1.read_text(encoding="utf-8")[:2000], "not a whole result"),
+        ("[]", "not a result of the bake-off"),
+        ("null", "not a result of the bake-off"),
+        ('{"schema": 1}', "not a result of the bake-off"),
+        ('{"name": "package", "version": "1.0"}', "not a result of the bake-off"),
+        ('{"schema": 1, "experiment": "baseline"}', "not a whole result"),
+        ('{"schema": "one", "experiment": "baseline"}', "not a whole result"),
+        ('{"schema": null, "experiment": "baseline"}', "not a whole result"),
+    ],
+)
+def test_a_file_that_is_no_result_is_refused_in_words(text: str, words: str) -> None:
+    with pytest.raises(ResultError, match=words) as caught:
+        ExperimentResult.from_json(text)
+    assert str(caught.value).startswith("This file is not a")
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("path", "broken"),
+    [
+        (["engines"], None),
+        (["engines"], ["quick"]),
+        (["engines", 0, "speed"], 5),  # a field that this schema does not have
+        (["requests"], 7),
+        (["requests", 0, "timeline"], []),
+        (["requests", 0, "timeline", "arrivals", "at"], [0.1]),  # columns of different lengths
+        (["requests", 0, "timeline", "usage"], None),
+        (["surprise"], 1),
+    ],
+)
+def test_a_result_with_a_broken_part_is_refused_in_words(path: list[str | int], broken: object) -> None:
+    value = json.loads(SCHEMA_1.read_text(encoding="utf-8"))
+    part = value
+    for step in path[:-1]:
+        part = part[step]
+    part[path[-1]] = broken
+    with pytest.raises(ResultError, match="This file is not a whole result: "):
+        ExperimentResult.from_json(json.dumps(value))
+
+
+def test_a_result_of_a_newer_version_is_refused_and_says_so(sample: ExperimentResult) -> None:
+    newer = replace(sample, schema=SCHEMA + 1).to_json()
+    with pytest.raises(ResultError, match=rf"newer version \(schema {SCHEMA + 1}; this app reads {SCHEMA}\)"):
+        ExperimentResult.from_json(newer)
+
+
+def test_saving_makes_the_folder_and_names_the_file_after_the_run(sample: ExperimentResult, tmp_path: Path) -> None:
+    path = sample.save(tmp_path / "results" / "new")
+    assert path == tmp_path / "results" / "new" / f"{sample.id}.json"
+    assert ExperimentResult.from_json(path.read_text(encoding="utf-8")) == sample
+
+
+def test_a_reader_never_sees_half_a_file_while_it_is_written_again(sample: ExperimentResult, tmp_path: Path) -> None:
+    before = sample.save(tmp_path).read_text(encoding="utf-8")
+    with (tmp_path / f"{sample.id}.json").open(encoding="utf-8") as reader:
+        beginning = reader.read(100)
+        path = replace(sample, requests=()).save(tmp_path)
+        # The open file is still the old one, whole: the new one took its place in one step.
+        assert beginning + reader.read() == before
+    assert ExperimentResult.from_json(path.read_text(encoding="utf-8")).requests == ()
+    assert [file.name for file in tmp_path.iterdir()] == [f"{sample.id}.json"]
+
+
+def test_ids_say_the_experiment_and_the_time_and_differ_within_one_second() -> None:
+    moment = datetime(2026, 11, 23, 14, 5, 6, tzinfo=UTC)
+    one, other = new_id("baseline", moment), new_id("baseline", moment)
+    assert one.startswith("baseline-20261123-140506-")
+    assert one != other
+
+
+def test_statistics_leave_out_warm_ups_and_failures_and_the_failures_are_counted() -> None:
+    result = result_of(warmups=2, quick=[100.0, None, 104.0])
+    assert result.distribution("quick", METRICS["decode_speed"]).values == pytest.approx((100.0, 104.0))
+    assert len(result.measured("quick")) == 3
+    assert len(result.failures("quick")) == 1
+    assert len(result.requests) == 5

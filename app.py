@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             share=options.share,
             inbrowser=options.open_browser,
             prevent_thread_lock=True,
+            allowed_paths=[str(host.cache / "results")],
             quiet=True,
             ssr_mode=False,
             footer_links=[],
@@ -75,7 +76,7 @@ def _chosen_engines(options: argparse.Namespace) -> tuple[Engine, ...]:
         from engines.scripted import SCRIPTED_ENGINES
 
         return SCRIPTED_ENGINES
-    return tuple(engine_named(name) for name in options.engine) if options.engine else ENGINES
+    return tuple(engine_named(name) for name in dict.fromkeys(options.engine)) if options.engine else ENGINES
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -137,8 +137,7 @@ class LocalHost:
     def open(self) -> None:
         """Install every engine behind the page, and start those that can be resident together. Returns at once."""
         self._wanted = True
-        for engine in self.engines:
-            threading.Thread(target=self._bring_up_quietly, args=(engine.name,), daemon=True).start()
+        threading.Thread(target=self._bring_up_all, name="bring up", daemon=True).start()
 
     def watch_pages(self) -> None:
         """Stop the engines when nobody has the page open any more; start them again for the next visitor."""
@@ -252,16 +251,26 @@ class LocalHost:
 
     # Inside
 
-    def _bring_up_quietly(self, name: str) -> None:
-        """In the background an error belongs in the lane, where `_start` has put it, and nowhere else."""
-        with contextlib.suppress(EngineError):
-            if self.resident_together:
-                self.ready(name)
-            else:
-                slot = self._slots[name]
+    def _bring_up_all(self) -> None:
+        """Install one engine after the other, and start each as soon as it is there, while the next installs.
+
+        In the background an error belongs in the lane, where it has been put, and nowhere else.
+        """
+        for slot in self._slots.values():
+            if slot.status.light == "down":
+                self._show(slot, phase="waiting for its turn")
+        for name, slot in self._slots.items():
+            with contextlib.suppress(EngineError):
                 with slot.gate, self._failures_shown(slot):
                     self._install(slot)
-                    self._show(slot, light="down", phase="installed; starts when it is its turn")
+                    if not self.resident_together:
+                        self._show(slot, light="down", phase="installed; starts when it is its turn")
+                if self.resident_together:
+                    threading.Thread(target=self._start_quietly, args=(name,), daemon=True).start()
+
+    def _start_quietly(self, name: str) -> None:
+        with contextlib.suppress(EngineError):
+            self.ready(name)
 
     def _start(self, slot: _Slot, config: EngineConfig) -> Server:
         engine = slot.engine

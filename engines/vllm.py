@@ -20,11 +20,6 @@ def serve_command(config: EngineConfig) -> list[str]:
     command += ["--host", "127.0.0.1", "--port", str(config.port)]
     command += ["--dtype", config.dtype, "--max-model-len", str(config.max_context)]
     command += ["--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching"]
-    if config.device == "cpu":
-        # By default the worker is a process of its own, and the two spin while they wait for each other. On two
-        # cores that starved the server so that whole answers arrived in one piece (1-3 reads of 128 tokens instead
-        # of 128), and the worker kept a core busy for a second after each request.
-        command += ["--distributed-executor-backend", "uni"]
     command += ["--enable-prompt-tokens-details"]  # reports cached tokens per request
     if config.speculation:
         settings: dict[str, Any] = {

@@ -14,7 +14,7 @@ from engines import ENGINES
 from engines.base import Engine, EngineError
 from engines.local import LocalHost
 from experiments import EXPERIMENTS_BY_NAME
-from experiments.base import Event, Plan, PlanError, RequestEnded
+from experiments.base import Event, Plan, PlanError, RequestEnded, RunEnded
 from experiments.metrics import METRICS
 from experiments.report import text_table
 from experiments.result import ExperimentResult
@@ -45,18 +45,27 @@ def main(arguments: list[str] | None = None, engines: tuple[Engine, ...] = ENGIN
     host = LocalHost(
         [engine for engine in engines if engine.name in names], model, model_label(model), model_note(model)
     )
+    ended: list[ExperimentResult] = []
+
+    def emit(event: Event) -> None:
+        _tell(event)
+        if isinstance(event, RunEnded):
+            ended.append(event.result)
+
+    interrupted = False
     try:
-        experiment = EXPERIMENTS_BY_NAME[options.experiment]
-        result = asyncio.run(run(experiment, plan, host, _tell))
+        asyncio.run(run(EXPERIMENTS_BY_NAME[options.experiment], plan, host, emit))
     except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
+        interrupted = True
     finally:
         host.close()
-    path = result.save(Path(options.out))
-    print(text_table(result))
-    print(f"\nWritten to {path}")
-    return 0 if _measured_something(result) else 1
+    measured = bool(ended) and _measured_something(ended[-1])
+    if interrupted:
+        print("Stopped.", file=sys.stderr)
+    if ended and (measured or not interrupted):  # also one of failures alone: it says why
+        print(text_table(ended[-1]))
+        print(f"\nWritten to {ended[-1].save(Path(options.out))}")
+    return 130 if interrupted else 0 if measured else 1
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -65,6 +65,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise PlanError("prompt", "Type a prompt first: there is nothing to answer.")
+        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):
+            raise PlanError("prompt", "The prompt holds half a character, which no engine can read. Please retype it.")
         if not self.engines:
             raise PlanError("engines", "Choose at least one engine.")
         _check_whole("repeats", "Repeats", self.repeats, 1, REPEAT_LIMIT)

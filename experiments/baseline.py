@@ -20,8 +20,10 @@ SPEED = METRICS["decode_speed"]
 def headline(result: ExperimentResult) -> str:
     """Who won, by how much, and whether the spread over repeats supports it."""
     speeds = [(row, result.distribution(row.name, SPEED)) for row in result.engines]
+    # By the mean that the ratios compare, so that one outlier cannot put an engine ahead of one it loses to.
     ranked = sorted(
-        ((row, speed) for row, speed in speeds if speed.mean is not None), key=lambda pair: -(pair[1].mean or 0)
+        ((row, speed) for row, speed in speeds if speed.mean is not None),
+        key=lambda pair: -(pair[1].geometric_mean or 0),
     )
     silent = [row.label for row, speed in speeds if speed.mean is None]
     missing = f" {_listed(silent)} gave no speed that could be measured." if silent else ""

@@ -14,6 +14,8 @@ from typing import Literal
 
 from engines.timeline import Timeline
 
+BUNCH = 8  # chunks per read from which on an answer counts as bunched
+
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
@@ -48,27 +50,37 @@ class RequestMetrics:
         return sum(arrival.tokens or 1 for arrival in arrivals) if arrivals else None
 
     @property
-    def first_chunk_tokens(self) -> int | None:
-        """Tokens that came with the first chunk, which TPOT must not count as decoded after it."""
+    def first_tokens(self) -> int | None:
+        """Tokens that came in the first read, which TPOT must not count as decoded after it.
+
+        A chunk may bundle tokens, and a server that was held up delivers many chunks in one piece.
+        """
         arrivals = self.timeline.arrivals
         if not arrivals:
             return None
-        return arrivals[0].tokens or 1
+        first = [arrival for arrival in arrivals if arrival.at == arrivals[0].at]
+        return sum(1 if arrival.tokens is None else arrival.tokens for arrival in first) or 1
+
+    @property
+    def bunched(self) -> bool:
+        """Whether the chunks came in so few pieces that TTFT and speed say little about the engine."""
+        arrivals = self.timeline.arrivals
+        return len(arrivals) >= BUNCH and len({arrival.at for arrival in arrivals}) * BUNCH <= len(arrivals)
 
     @property
     def decoded_tokens(self) -> int | None:
-        """Tokens that came after the first chunk, up to the last text (an end-of-text token has none)."""
-        if self.output_tokens is None or self.first_chunk_tokens is None:
+        """Tokens that came after the first read, up to the last text (an end-of-text token has none)."""
+        if self.output_tokens is None or self.first_tokens is None:
             return None
         total = self.output_tokens
         if self.timeline.token_source == "per chunk":
             total = sum(arrival.tokens or 0 for arrival in self.timeline.arrivals)
-        decoded = total - self.first_chunk_tokens
+        decoded = total - self.first_tokens
         return decoded if decoded > 0 else None
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token, s: (last token - first chunk) / tokens after the first chunk."""
+        """Time per output token, s: (last token - first token) / tokens after the first read."""
         if self.e2e is None or self.ttft is None or self.decoded_tokens is None or self.e2e <= self.ttft:
             return None
         return (self.e2e - self.ttft) / self.decoded_tokens
@@ -144,6 +156,11 @@ class Distribution:
     @property
     def median(self) -> float | None:
         return self.percentile(50)
+
+    @property
+    def geometric_mean(self) -> float | None:
+        """None also where a value is not positive."""
+        return statistics.geometric_mean(self.values) if self.values and min(self.values) > 0 else None
 
     @property
     def half_width(self) -> float | None:

@@ -64,6 +64,12 @@ def notes(result: ExperimentResult) -> list[str]:
                 f"{engine.label}: {len(failures)} of {len(result.measured(engine.name))} requests failed: "
                 f"{failures[0].timeline.error}"
             )
+        bunched = sum(row.metrics.bunched for row in result.measured(engine.name))
+        if bunched:
+            said.append(
+                f"{engine.label}: {bunched} of {len(result.measured(engine.name))} answers arrived in a few large "
+                "pieces, because its server was held up; their first token and speed say little, their E2E is right."
+            )
     said += [engine.caveat for engine in result.engines if engine.caveat]
     return said
 
@@ -118,7 +124,7 @@ def figure(result: ExperimentResult) -> plotly.graph_objects.Figure:
     metrics = [METRICS[name] for name in EXPERIMENTS_BY_NAME[result.experiment].charted]
     titles = [f"{metric.label}, {metric.unit} ({metric.better} is better)" for metric in metrics]
     chart = make_subplots(rows=1, cols=len(metrics), subplot_titles=titles, horizontal_spacing=0.14)
-    repeats = max((len(result.measured(engine.name)) for engine in result.engines), default=0)
+    repeats = max((len(result.distribution(engine.name, metrics[0]).values) for engine in result.engines), default=0)
     for column, metric in enumerate(metrics, start=1):
         for engine in result.engines:
             distribution = result.distribution(engine.name, metric)

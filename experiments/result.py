@@ -90,7 +90,7 @@ class ExperimentResult:
         value = asdict(self)
         for row in value["requests"]:
             row["timeline"]["arrivals"] = _columns(row["timeline"]["arrivals"])
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return json.dumps(value, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> ExperimentResult:

@@ -25,7 +25,7 @@ LOOK_SECONDS = 1.0
 
 def build_app(host: LocalHost) -> gr.Blocks:
     """The page over `host`, which runs the engines. Launching it is the caller's business."""
-    sessions = Sessions()
+    sessions = Sessions(host.cache / "results")
     page = gr.Blocks(title=TITLE, analytics_enabled=False)
     with page:
         gr.HTML(masthead_html(host), padding=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from experiments.run import BackgroundRun
 
@@ -42,9 +44,16 @@ class Turn:
 class Sessions:
     """The line of runs, first come first served, and each visitor's place in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, results: Path | None = None) -> None:
+        self._files = tempfile.TemporaryDirectory(prefix="bakeoff-", ignore_cleanup_errors=True)
+        self.results = results or self.files  # every result is kept there as JSON
         self._line: list[Turn] = []
         self._turns: dict[str, Turn] = {}
+
+    @property
+    def files(self) -> Path:
+        """For downloads that can be made again from a result; gone when the app ends."""
+        return Path(self._files.name)
 
     @asynccontextmanager
     async def turn(self, session: str) -> AsyncIterator[Turn]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -204,7 +203,8 @@ async def run_in_tab(
             background.stop()  # the visitor left: what runs for nobody must not go on
         for view in views.values():
             view.close()
-        yield _finished(tab, background) | _changed_lanes(tab, views, plan.prompt)
+        finished = await asyncio.to_thread(_finished, tab, background, sessions)  # files and figure take a moment
+        yield finished | _changed_lanes(tab, views, plan.prompt)
 
 
 def _changed_lanes(tab: Tab, views: dict[str, LaneView], prompt: str) -> dict[Any, Any]:
@@ -217,7 +217,7 @@ def _changed_lanes(tab: Tab, views: dict[str, LaneView], prompt: str) -> dict[An
     return frame
 
 
-def _finished(tab: Tab, background: BackgroundRun) -> dict[Any, Any]:
+def _finished(tab: Tab, background: BackgroundRun, sessions: Sessions) -> dict[Any, Any]:
     frame: dict[Any, Any] = {tab.run: gr.update(interactive=True), tab.stop: gr.update(interactive=False)}
     result = background.result
     if result is None:
@@ -226,14 +226,13 @@ def _finished(tab: Tab, background: BackgroundRun) -> dict[Any, Any]:
     if not any(result.measured(engine.name) for engine in result.engines):
         words = "Stopped before anything was measured." if result.stopped_early else "Nothing could be measured."
         return frame | {tab.progress: problem_html(words)}
-    return frame | {tab.progress: ""} | show_result(tab, result)
+    return frame | {tab.progress: ""} | show_result(tab, result, sessions)
 
 
-def show_result(tab: Tab, result: ExperimentResult) -> dict[Any, Any]:
+def show_result(tab: Tab, result: ExperimentResult, sessions: Sessions) -> dict[Any, Any]:
     """The finished result: sentence, chart, table, files."""
-    folder = Path(tempfile.mkdtemp(prefix="bakeoff-"))
-    json_file = result.save(folder)
-    csv_file, html_file = folder / f"{result.id}.csv", folder / f"{result.id}.html"
+    json_file = result.save(sessions.results)
+    csv_file, html_file = sessions.files / f"{result.id}.csv", sessions.files / f"{result.id}.html"
     csv_file.write_bytes(csv_bytes(result))
     html_file.write_bytes(figure_html(result))
     on = partial(gr.update, interactive=True)

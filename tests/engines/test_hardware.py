@@ -69,7 +69,8 @@ def test_several_gpus_are_counted(machine_with: Machine) -> None:
     ids=["exit code", "no devices", "driver mismatch"],
 )
 def test_a_driver_that_names_no_gpu_leaves_the_cpu(machine_with: Machine, script: str) -> None:
-    assert machine_with(script).device == "cpu"
+    machine = machine_with(script)
+    assert (machine.device, machine.gpu, machine.gpu_count) == ("cpu", None, 0)
 
 
 def test_a_gpu_that_shares_the_machines_memory_has_none_of_its_own(machine_with: Machine) -> None:

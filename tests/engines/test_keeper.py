@@ -131,6 +131,7 @@ def test_bytes_on_its_input_do_not_end_it(keep: Keep) -> None:
 
 def test_a_programs_input_is_empty_and_not_the_keepers(keep: Keep) -> None:
     keeper = keep(*PYTHON, "import sys; print(repr(sys.stdin.read()))")
+    assert keeper.wait(5) == 0
     assert first_line(keeper) == "''"
 
 

@@ -29,7 +29,6 @@ VLLM_GPU = (
     "vllm serve /models/small --gpu-memory-utilization 0.9 --host 127.0.0.1 --port 8123"
     " --dtype bfloat16 --max-model-len 4096"
 )
-ONE_PROCESS = "--distributed-executor-backend uni"
 COUNTS = "--enable-prompt-tokens-details"
 SGLANG_HEAD = "--model-path /models/small --host 127.0.0.1 --port 8123 --dtype bfloat16 --context-length 4096"
 SGLANG_CPU_HEAD = f"python {SGLANG_CPU}/serve_cpu.py {SGLANG_HEAD} --enable-cache-report"
@@ -53,8 +52,8 @@ def speculating(config: EngineConfig, speculation: Speculation) -> EngineConfig:
 @pytest.mark.parametrize(
     ("engine", "config", "command"),
     [
-        ("vllm", CPU, f"{VLLM_CPU} --no-enable-prefix-caching {ONE_PROCESS} {COUNTS}"),
-        ("vllm", caching(CPU), f"{VLLM_CPU} --enable-prefix-caching {ONE_PROCESS} {COUNTS}"),
+        ("vllm", CPU, f"{VLLM_CPU} --no-enable-prefix-caching {COUNTS}"),
+        ("vllm", caching(CPU), f"{VLLM_CPU} --enable-prefix-caching {COUNTS}"),
         ("vllm", GPU, f"{VLLM_GPU} --no-enable-prefix-caching {COUNTS}"),
         ("vllm", caching(GPU), f"{VLLM_GPU} --enable-prefix-caching {COUNTS}"),
         ("sglang", CPU, f"{SGLANG_CPU_HEAD} --disable-radix-cache {SGLANG_CPU_TAIL}"),

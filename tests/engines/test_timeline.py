@@ -167,8 +167,8 @@ def test_an_error_of_our_own_is_not_taken_for_the_engines() -> None:
         measured(words(1), ZeroDivisionError(), ticks=range(4))
 
 
-def test_a_cancelled_request_closes_its_stream() -> None:
-    closed = []
+def test_a_stream_is_closed_when_its_request_ends_however_it_ends() -> None:
+    closed: list[bool] = []
 
     async def send(request: Request) -> AsyncGenerator[bytes, None]:
         try:
@@ -176,6 +176,13 @@ def test_a_cancelled_request_closes_its_stream() -> None:
             await asyncio.sleep(60)
         finally:
             closed.append(True)
+
+    async def fail_at_the_first_chunk() -> None:
+        await record(REQUEST, send, Chunks([Chunk(error="out of memory")]))
+        assert closed == [True]  # already, and not when the garbage collector comes by
+
+    asyncio.run(fail_at_the_first_chunk())
+    closed.clear()
 
     async def cancel_after_the_first_arrival() -> None:
         arrived = asyncio.Event()

@@ -273,3 +273,17 @@ def test_the_catalogue_names_each_metric_once() -> None:
 )
 def test_a_value_is_shown_in_its_unit_with_its_digits(name: str, value: float, words: str) -> None:
     assert METRICS[name].shown_with_unit(value) == words
+
+
+def test_what_came_in_one_piece_counts_as_first_and_gives_no_fantasy_speed() -> None:
+    # 7 tokens at 300 ms, 1 at 318 ms: 1 token in 18 ms, not 7 in 18.
+    held_up = tuple(Arrival(0.3, "x", tokens=1) for _ in range(7)) + (Arrival(0.318, "x", tokens=1),)
+    metrics = RequestMetrics(Timeline(0.0, held_up, token_source="per chunk", finish_reason="length"))
+    assert metrics.tpot == pytest.approx(0.018)
+    assert not metrics.bunched  # 8 chunks in 2 pieces: 4 each
+
+
+@pytest.mark.parametrize(("pieces", "bunched"), [(1, True), (2, True), (3, False), (16, False)])
+def test_an_answer_in_few_large_pieces_is_called_bunched(pieces: int, bunched: bool) -> None:
+    arrivals = tuple(Arrival(float(place * pieces // 16), "x", tokens=1) for place in range(16))
+    assert RequestMetrics(Timeline(0.0, arrivals)).bunched is bunched  # from 8 chunks per read on

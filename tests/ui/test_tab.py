@@ -76,9 +76,14 @@ async def frames_of(host: LocalHost, tab: Tab, values: list[Any], sessions: Sess
             yield frame
 
 
+kept: list[Sessions] = []  # a run's files live as long as the sessions they were made for
+
+
 def all_frames(host: LocalHost, tab: Tab, *engines: str, **changed: Any) -> list[Frame]:
+    kept.append(Sessions())
+
     async def collect() -> list[Frame]:
-        return [frame async for frame in frames_of(host, tab, settings(*engines, **changed), Sessions())]
+        return [frame async for frame in frames_of(host, tab, settings(*engines, **changed), kept[-1])]
 
     return asyncio.run(collect())
 

@@ -189,7 +189,8 @@ def test_a_run_without_any_engine_says_so_and_leaves_the_last_result_standing(
 
 def test_stopping_keeps_the_repeats_that_were_measured(host: LocalHost, tab: Tab) -> None:
     async def visit() -> Frame:
-        sessions, last = Sessions(), {}
+        kept.append(Sessions())
+        sessions, last = kept[-1], {}
         async for last in frames_of(host, tab, settings("one", repeats=20), sessions):
             if "repeat 2" in last.get(tab.progress, ""):
                 sessions.stop(ME)

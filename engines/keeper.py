@@ -36,6 +36,11 @@ def main(command: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
+    # Every signal writes a byte here, so that the wait below ends at once; above all when the engine ends.
+    signalled, signals = os.pipe()
+    os.set_blocking(signals, False)
+    signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
     try:
         engine = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent
@@ -45,8 +50,10 @@ def main(command: list[str]) -> int:
         return 127
     while engine.poll() is None and not asked_to_stop:
         with contextlib.suppress(InterruptedError):
-            readable, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
-            asked_to_stop = asked_to_stop or bool(readable and not os.read(sys.stdin.fileno(), 4096))
+            readable, _, _ = select.select([sys.stdin, signalled], [], [], LOOK_SECONDS)
+            if signalled in readable:
+                os.read(signalled, 4096)
+            asked_to_stop = asked_to_stop or (sys.stdin in readable and not os.read(sys.stdin.fileno(), 4096))
         _reap_adopted(engine.pid)
     _end_tree(engine)
     code = engine.returncode if engine.returncode is not None else 0

@@ -20,7 +20,7 @@ FLAGS = (
 PICTURES = os.environ.get("BAKEOFF_PICTURES")  # a folder: tests leave their screenshots there
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: its event loop runs in this thread, and other tests need one of their own
 def browser() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     program = next(filter(None, map(shutil.which, names)), None)

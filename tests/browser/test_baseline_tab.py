@@ -26,6 +26,18 @@ def run(page: Page) -> None:
     page.get_by_role("button", name="Run", exact=True).click()
 
 
+def set_number(page: Page, label: str, value: str) -> None:
+    """Type into a slider's field. While a fresh page still settles, Gradio may put the first value back: type again."""
+    field, slider = (page.get_by_label(f"{kind} for {label}") for kind in ("number input", "range slider"))
+    for _ in range(5):
+        field.fill(value)
+        field.press("Tab")
+        page.wait_for_timeout(500)
+        if slider.input_value() == value:
+            return
+    expect(slider).to_have_value(value)
+
+
 def answer(page: Page, lane: str) -> str:
     """The engine's last message in its chatbot."""
     bubbles = page.locator(f"#chat-{lane} .message.bot")
@@ -109,7 +121,7 @@ def download(page: Page, form: str, folder: Path) -> Path:
 def test_stop_ends_the_run_and_keeps_what_was_measured(scripted_app: RunningApp, open_page: OpenPage) -> None:
     page = open_page(scripted_app.url())
     page.locator("#baseline-settings").get_by_role("button", name="Settings").click()
-    page.get_by_label("number input for Repeats").fill("20")
+    set_number(page, "Repeats", "20")
     run(page)
     expect(page.locator("#tiles-quick .tiles-note")).to_contain_text("Repeat 3 of 20", timeout=60_000)
 

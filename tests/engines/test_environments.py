@@ -23,6 +23,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
+from engines import environments
 from engines.base import Engine, EngineError
 from engines.environments import CACHE_VARIABLE, MARKER, Environment, cache_folder
 from engines.server import free_port
@@ -51,6 +52,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     make_wheel(folder, "torch", "2.1", {"torch.py": "WORDS = 'this is torch'\n"})
     make_wheel(folder, "Small_Engine", "0.3", {"small_engine.py": "import torch\nWORDS = torch.WORDS\n"})
+    monkeypatch.setattr(environments, "LOOK_SECONDS", 0.05)  # these installations take a second, not minutes
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -161,13 +163,13 @@ def test_the_cache_is_where_the_variable_says(monkeypatch: pytest.MonkeyPatch, t
 def test_two_at_once_make_a_half_made_environment_again_once(pinning: MakeEngine, tmp_path: Path) -> None:
     engine = pinning("torch==2.1", "small-engine==0.3", install_gib=0.001)
     stories: tuple[list[str], list[str]] = ([], [])
-    environments = [Environment(engine, "cpu", tmp_path / "cache") for _ in stories]
-    lay_out(environments[0], "torch-2.1", marker=False)
-    (environments[0].folder / "left over").write_text("of an app that was killed")
+    both = [Environment(engine, "cpu", tmp_path / "cache") for _ in stories]
+    lay_out(both[0], "torch-2.1", marker=False)
+    (both[0].folder / "left over").write_text("of an app that was killed")
 
     makers = [
         threading.Thread(target=environment.ensure, args=(story.append,))
-        for environment, story in zip(environments, stories, strict=True)
+        for environment, story in zip(both, stories, strict=True)
     ]
     for maker in makers:
         maker.start()
@@ -181,7 +183,7 @@ def test_two_at_once_make_a_half_made_environment_again_once(pinning: MakeEngine
         "installing torch 2.1",
     ]
     assert set(waited) == {"another app is installing it; waiting"}
-    environment = environments[0]
+    environment = both[0]
     assert environment.problem() is None
     assert not (environment.folder / "left over").exists()
     assert environment.installed() == {"torch": "2.1", "small-engine": "0.3"}

@@ -29,9 +29,9 @@ orphan = subprocess.run(["sh", "-c", "setsid sleep 600 >/dev/null & echo $!"], s
 print(os.getpid(), worker.pid, int(orphan), flush=True)
 time.sleep(600)
 """
-# The keeper itself, less patient, so that a test need not wait for 8 s.
-IMPATIENT = "import sys; sys.path.insert(0, sys.argv.pop(1)); import keeper; keeper.POLITE_SECONDS = 0.3; "
-IMPATIENT += "sys.exit(keeper.main(sys.argv[1:]))"
+# The keeper itself, with other patience, so that a test need not wait for 8 s.
+CHANGED = "import sys; sys.path.insert(0, sys.argv.pop(1)); import keeper; {change}; "
+CHANGED += "sys.exit(keeper.main(sys.argv[1:]))"
 
 Keep = Callable[..., "subprocess.Popen[str]"]
 
@@ -42,8 +42,10 @@ def keep() -> Iterator[Keep]:
     keepers: list[subprocess.Popen[str]] = []
     pids: list[psutil.Process] = []
 
-    def start(*command: str, impatient: bool = False) -> subprocess.Popen[str]:
-        words = [*PYTHON, IMPATIENT, str(KEEPER.parent)] if impatient else [sys.executable, "-S", "-E", str(KEEPER)]
+    def start(*command: str, change: str = "") -> subprocess.Popen[str]:
+        words = [sys.executable, "-S", "-E", str(KEEPER)]
+        if change:
+            words = [*PYTHON, CHANGED.format(change=change), str(KEEPER.parent)]
         process = subprocess.Popen([*words, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         keepers.append(process)
         return process
@@ -72,7 +74,7 @@ def gone(pid: int) -> bool:
 
 
 def test_when_its_input_closes_the_whole_tree_is_ended_even_what_ignores_sigterm(keep: Keep) -> None:
-    keeper = keep(*PYTHON, STUBBORN_TREE, impatient=True)
+    keeper = keep(*PYTHON, STUBBORN_TREE, change="keeper.POLITE_SECONDS = 0.3")
     tree = [int(word) for word in first_line(keeper).split()]
     assert len(tree) == 3 and not any(gone(pid) for pid in tree)
     wait_until(lambda: len({os.getsid(pid) for pid in tree}) == 3)  # so that no process group would reach them all
@@ -95,13 +97,16 @@ def test_a_program_that_listens_to_sigterm_may_end_politely(keep: Keep) -> None:
     assert keeper.wait(5) == 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_signal_to_the_keeper_ends_the_tree(keep: Keep, number: signal.Signals) -> None:
-    keeper = keep(*PYTHON, f"import os; print(os.getpid(), flush=True); {SLEEP}")
-    child = int(first_line(keeper))
-    keeper.send_signal(number)
-    assert keeper.wait(5) == 128 + signal.SIGTERM  # the program's own end, as a shell reports it
-    assert gone(child)
+def test_a_signal_to_the_keeper_ends_the_tree(keep: Keep) -> None:
+    keepers = {
+        number: keep(*PYTHON, f"import os; print(os.getpid(), flush=True); {SLEEP}")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
+    children = [int(first_line(keeper)) for keeper in keepers.values()]
+    for number, keeper in keepers.items():
+        keeper.send_signal(number)
+    assert [keeper.wait(5) for keeper in keepers.values()] == [128 + signal.SIGTERM] * 3  # as a shell reports it
+    assert all(gone(child) for child in children)
 
 
 def test_a_keeper_killed_for_certain_takes_its_direct_child_along(keep: Keep) -> None:
@@ -117,6 +122,11 @@ def test_workers_that_outlive_the_program_are_ended_with_it(keep: Keep) -> None:
     worker = int(first_line(keeper))
     assert keeper.wait(5) == 0
     assert gone(worker)
+
+
+def test_the_end_of_the_program_is_noticed_at_once(keep: Keep) -> None:
+    keeper = keep(*PYTHON, "import time; time.sleep(0.2)", change="keeper.LOOK_SECONDS = 600")
+    assert keeper.wait(5) == 0
 
 
 def test_bytes_on_its_input_do_not_end_it(keep: Keep) -> None:
@@ -135,16 +145,10 @@ def test_a_programs_input_is_empty_and_not_the_keepers(keep: Keep) -> None:
     assert first_line(keeper) == "''"
 
 
-@pytest.mark.parametrize(
-    ("program", "code"),
-    [
-        ("pass", 0),
-        ("raise SystemExit(7)", 7),
-        ("import os; os.kill(os.getpid(), 9)", 137),  # 128 + 9, as a shell reports it
-    ],
-)
-def test_the_exit_code_passes_through(keep: Keep, program: str, code: int) -> None:
-    assert keep(*PYTHON, program).wait(5) == code
+def test_the_exit_code_passes_through(keep: Keep) -> None:
+    programs = ("pass", "raise SystemExit(7)", "import os; os.kill(os.getpid(), 9)")
+    keepers = [keep(*PYTHON, program) for program in programs]
+    assert [keeper.wait(5) for keeper in keepers] == [0, 7, 137]  # 128 + 9 = 137, as a shell reports a signal
 
 
 def test_a_program_that_does_not_exist_is_named(keep: Keep) -> None:

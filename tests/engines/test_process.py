@@ -18,6 +18,14 @@ SLEEP = "import time; time.sleep(600)"
 PROJECT = Path(__file__).parents[2]
 
 
+def ended(process: psutil.Process) -> bool:
+    """Gone, or about to be collected by whoever has inherited it."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def printed(program: str, **settings: dict[str, str]) -> list[str]:
     process = KeptProcess([*PYTHON, program], **settings)
     lines = [line.rstrip("\n") for line in process]
@@ -86,4 +94,4 @@ def test_when_the_app_is_killed_for_certain_nothing_is_left() -> None:
         tree = psutil.Process(killed.pid).children(recursive=True)
         assert len(tree) == 3  # the keeper, the program, its worker
         killed.kill()
-    assert psutil.wait_procs(tree, timeout=5)[1] == []
+    wait_until(lambda: all(ended(process) for process in tree), seconds=5)

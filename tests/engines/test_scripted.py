@@ -21,8 +21,7 @@ from tests.conftest import MACHINE, wait_until
 SCRIPTS = {
     "plain": Script(first_token=0.1, gap=0.02, text="one two three"),
     "fours": Script(gap=0.001, tokens_per_chunk=4, usage="final"),
-    "silent about tokens": Script(gap=0.001, usage="none"),
-    "thoughtful": Script(gap=0.001, reasoning_tokens=3, text="a b c d e"),
+    "thoughtful": Script(gap=0.001, usage="none", reasoning_tokens=3, text="a b c d e"),
 }
 # These begin to serve; "exit at start" and "never ready" do not, and are seen by the host alone.
 FAULTS_WHILE_SERVING = (
@@ -79,7 +78,7 @@ def test_chunks_of_four_tokens_whose_count_comes_at_the_end(engines: Engines) ->
 
 
 def test_tokens_that_nobody_counts(engines: Engines) -> None:
-    timeline = engines.ask("silent about tokens")
+    timeline = engines.ask("thoughtful")
     assert (timeline.usage, timeline.token_source, len(timeline.arrivals)) == (Usage(), "estimated", 10)
 
 

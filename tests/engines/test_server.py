@@ -197,7 +197,7 @@ def test_another_programs_answer_on_the_port_is_not_taken_for_the_engines(serve:
 
 
 def test_a_port_that_is_taken_meanwhile_is_the_reason_of_death(scripted: Callable[..., Engine], serve: Serve) -> None:
-    server = serve(scripted(start=0.5))
+    server = serve(scripted(start=0.3))
     with another_program_on(server.config.port):
         error = failure(server)
     assert error.message == (
@@ -274,7 +274,7 @@ def test_a_server_that_is_never_ready_is_ended_at_the_limit(scripted: Callable[.
     server = serve(scripted(fault="never ready"))
     wait_until(lambda: "serving" in server.log_tail)  # it listens, and answers that it is not well
     processes = tree(server)
-    error = failure(server, limit_seconds=1)
+    error = failure(server, limit_seconds=0.8)
     assert error.message == "Quick was not ready after 1 s (last phase: warming up)."
     assert error.log_tail.endswith("scripted: serving")
     assert psutil.wait_procs(processes, timeout=1)[1] == []

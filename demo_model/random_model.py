@@ -62,7 +62,7 @@ def make_random_model(folder: Path) -> Path:
     _write_json(folder / "config.json", _model_config(len(vocabulary)))
     _write_json(folder / "generation_config.json", {"eos_token_id": [0, 2], "pad_token_id": 0})
     _write_json(folder / "tokenizer.json", _tokenizer(vocabulary))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config())
+    _write_json(folder / "tokenizer_config.json", tokenizer_settings())
     _write_safetensors(folder / "model.safetensors", _weights(len(vocabulary)))
     _write_json(folder / MARKER_FILE, {"name": "random-qwen3-3M", "note": NOTE})
     return folder
@@ -103,7 +103,8 @@ def _tokenizer(vocabulary: list[tuple[str, float]]) -> dict[str, object]:
     }
 
 
-def _tokenizer_config() -> dict[str, object]:
+def tokenizer_settings() -> dict[str, object]:
+    """tokenizer_config.json of both models of this folder: special tokens and the chat template."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": MAX_CONTEXT,

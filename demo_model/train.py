@@ -25,19 +25,12 @@ from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from demo_model.corpus import LONGEST_PREFIX, Entry, read_corpus, varied, with_prefix
+from demo_model.random_model import END_OF_TEXT, MAX_CONTEXT, TURN_END, TURN_START, UNKNOWN, tokenizer_settings
 
 SEED = 42
-END_OF_TEXT, TURN_START, TURN_END, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"
 SPECIALS = [END_OF_TEXT, TURN_START, TURN_END, UNKNOWN]
 VOCABULARY = 4096
-MAX_CONTEXT = 4096
 PRINTABLE = [chr(code) for code in range(32, 127)] + ["\n"]
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
-)
 TARGET_SHAPE = {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 12}
 DRAFT_SHAPE = {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 1}
 
@@ -200,16 +193,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path, name: str,
     _write(folder / "config.json", config | {"torch_dtype": "bfloat16", "dtype": "bfloat16"})
     _write(folder / "generation_config.json", {"eos_token_id": [2, 0], "pad_token_id": 0})
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": MAX_CONTEXT,
-        "eos_token": TURN_END,
-        "pad_token": END_OF_TEXT,
-        "unk_token": UNKNOWN,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    _write(folder / "tokenizer_config.json", settings)
+    _write(folder / "tokenizer_config.json", tokenizer_settings())
     _write(folder / "bakeoff.json", {"name": name, "note": note})
 
 

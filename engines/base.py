@@ -21,6 +21,10 @@ class EngineError(Exception):
         self.log_tail = log_tail
 
 
+class EngineStopped(EngineError):
+    """The engine was stopped on purpose while somebody waited for it: no failure of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Speculation:
     """Draft several tokens cheaply, verify them in one step of the model.
@@ -119,3 +123,11 @@ class Engine:
 
     def package_for(self, device: Device) -> str:
         return self.package if isinstance(self.package, str) else self.package[device]
+
+
+def usage_with_each_chunk(request: Request) -> dict[str, Any]:
+    """Request fields of servers that know vLLM's extensions: token counts with every chunk, and a fixed length."""
+    fields: dict[str, Any] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    if request.fixed_length:
+        fields["ignore_eos"] = True
+    return fields

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.base import Engine, EngineConfig, EngineError
+from engines.base import Engine, EngineConfig, EngineError, EngineStopped
 from engines.environments import Environment, cache_folder
 from engines.hardware import Hardware, this_machine
 from engines.openai_stream import Endpoint
@@ -67,9 +67,10 @@ class Serving:
 class _Slot:
     """One engine's place on the host. `gate` lets one thread at a time change its server."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, gate: threading.RLock) -> None:
         self.engine = engine
-        self.gate = threading.RLock()
+        self.gate = gate
+        self.requests = 0  # with the engine right now
         self.status = Status(since=monotonic_clock())
         self.server: Server | None = None
         self.environment: Environment | None = None
@@ -105,8 +106,13 @@ class LocalHost:
         self.hardware = hardware or this_machine()
         self.resident_together = self.hardware.device == "cpu"
         self._fixed_port = port
-        self._slots = {engine.name: _Slot(engine) for engine in engines}
+        # Where only one engine fits, one gate for all: an engine that is stopped for another cannot be starting too.
+        shared = threading.RLock()
+        self._slots = {
+            engine.name: _Slot(engine, threading.RLock() if self.resident_together else shared) for engine in engines
+        }
         self._install_turn = threading.Lock()  # two installations at once only slow each other down
+        self._counting = threading.Lock()
         self._closing = threading.Event()
         self._pages: set[str] = set()
         self._pages_changed = threading.Condition()
@@ -172,6 +178,10 @@ class LocalHost:
         """The engine serving under `config`: installed, started or restarted as needed. Blocks; raises EngineError."""
         slot = self._slots[name]
         config = config or self.config(name)
+        if not self.resident_together:
+            for other, occupied in self._slots.items():
+                if other != name and (server := occupied.server) is not None:
+                    server.stop()  # one that still starts ends its wait, and the gate opens
         with slot.gate:
             if self._closing.is_set():
                 raise EngineError("The app is closing.")
@@ -197,13 +207,17 @@ class LocalHost:
     def busy(self, name: str) -> Iterator[None]:
         """Shows the engine as busy while a request of ours is with it."""
         slot = self._slots[name]
-        if slot.status.light == "ready":
-            self._show(slot, light="busy")
+        with self._counting:
+            slot.requests += 1
+            if slot.status.light == "ready":
+                self._show(slot, light="busy")
         try:
             yield
         finally:
-            if slot.status.light == "busy":
-                self._show(slot, light="ready")
+            with self._counting:
+                slot.requests -= 1
+                if slot.status.light == "busy" and not slot.requests:
+                    self._show(slot, light="ready")
 
     def settle(self, name: str) -> bool:
         """Wait until the other engines leave the processor alone; False when they did not within the limit.
@@ -318,6 +332,9 @@ class LocalHost:
     def _failures_shown(self, slot: _Slot) -> Iterator[None]:
         try:
             yield
+        except EngineStopped:
+            self._show(slot, light="down", phase="")
+            raise
         except EngineError as error:
             if not self._closing.is_set():
                 self._show(slot, light="failed", phase="", error=error.message, log_tail=error.log_tail)
@@ -383,4 +400,5 @@ class LocalHost:
 
 def names_missing_package(error: EngineError) -> bool:
     """Whether the engine died of a package that is missing or broken in its environment."""
-    return any(word in error.message for word in ("ModuleNotFoundError", "ImportError"))
+    # Not any ImportError: where a driver's library is absent, installing again would not help.
+    return "ModuleNotFoundError" in error.message or "ImportError: cannot import name" in error.message

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from aiohttp import web
 
-from engines.base import Engine, EngineConfig, Request
+from engines.base import Engine, EngineConfig, usage_with_each_chunk
 
 Fault = Literal[
     "",
@@ -65,14 +65,10 @@ def scripted_engine(name: str, label: str, colour: str, script: Script) -> Engin
         package="aiohttp",
         serve_command=serve_command,
         variables=lambda config: {"PYTHONPATH": str(PROJECT)},
-        request_fields=request_fields,
+        request_fields=usage_with_each_chunk,
         phases=((r"loading weights", "loading weights"), (r"warming up", "warming up")),
         caveat=lambda config: f"{label} follows a script: these are no engine's numbers.",
     )
-
-
-def request_fields(request: Request) -> dict[str, Any]:
-    return {"stream_options": {"include_usage": True, "continuous_usage_stats": True}, "ignore_eos": True}
 
 
 SCRIPTED_ENGINES = (

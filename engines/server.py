@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from engines.base import Engine, EngineConfig, EngineError
+from engines.base import Engine, EngineConfig, EngineError, EngineStopped
 from engines.environments import Environment
 from engines.openai_stream import Endpoint
 from engines.process import KeptProcess
@@ -116,7 +116,7 @@ class Server:
         deadline = self._began + limit_seconds
         while True:
             if self._stopping:  # first: what we stopped did not die
-                raise EngineError(f"{self.engine.label} was stopped while it started.", self.log_tail)
+                raise EngineStopped(f"{self.engine.label} was stopped while it started.", self.log_tail)
             if not self._process.running():
                 self._reader.join(timeout=5)
                 raise self._death()
@@ -197,7 +197,7 @@ DEATH_REASONS = (
     (r"No space left on device", "the disk is full."),
     (r"[Aa]ddress already in use", "its port was taken by another program meanwhile. Run it again."),
     (
-        r"does not exist|not a valid model identifier|Repository Not Found|is not a local folder",
+        r"not a valid model identifier|Repository Not Found|is not a local folder",
         "the model was not found.",
     ),
 )

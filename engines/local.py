@@ -249,7 +249,7 @@ class LocalHost:
             if slot.server is not None:
                 slot.server.stop()
                 slot.server = None
-            if server is not None or slot.status.light != "failed":
+            if slot.status.light != "failed":
                 self._show(slot, light="down", phase="")
 
     def close(self) -> None:

@@ -14,13 +14,11 @@ from engines import ENGINES
 from engines.base import Engine, EngineError
 from engines.local import LocalHost
 from experiments import EXPERIMENTS_BY_NAME
-from experiments.base import Event, Plan, PlanError, RequestEnded, RunEnded
+from experiments.base import DEFAULT_PROMPT, Event, Plan, PlanError, RequestEnded, RunEnded
 from experiments.metrics import METRICS
 from experiments.report import text_table
 from experiments.result import ExperimentResult
 from experiments.run import run
-
-DEFAULT_PROMPT = "Write a short paragraph about LLM inference serving optimizations."
 
 
 def main(arguments: list[str] | None = None, engines: tuple[Engine, ...] = ENGINES) -> int:

@@ -13,6 +13,7 @@ from engines.local import Serving
 from engines.timeline import Arrival
 from experiments.result import EngineRow, ExperimentResult, RequestRow
 
+DEFAULT_PROMPT = "Write a short paragraph about LLM inference serving optimizations."
 TOKEN_LIMIT = 2048
 REPEAT_LIMIT = 20
 

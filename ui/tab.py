@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from engines.local import LocalHost
-from experiments.base import Experiment, Host, Plan, PlanError, RequestEnded, RequestStarted
+from experiments.base import DEFAULT_PROMPT, Experiment, Host, Plan, PlanError, RequestEnded, RequestStarted
 from experiments.report import csv_bytes, figure, figure_html, headline, notes, table
 from experiments.result import ExperimentResult
 from experiments.run import BackgroundRun
@@ -20,7 +20,6 @@ from ui.lanes import Lane, LaneView, build_lane
 from ui.session import Sessions
 
 FRAME_SECONDS = 0.1  # a browser redraws a growing text smoothly at ten frames a second
-DEFAULT_PROMPT = "Write a short paragraph about LLM inference serving optimizations."
 LENGTHS = ("Exactly this many tokens, on every engine", "Until the model ends its answer by itself")
 
 

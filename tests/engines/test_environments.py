@@ -27,6 +27,7 @@ from engines import environments
 from engines.base import Engine, EngineError
 from engines.environments import CACHE_VARIABLE, MARKER, Environment, cache_folder
 from engines.server import free_port
+from tests.conftest import mounted_disk
 
 MakeEngine = Callable[..., Engine]
 
@@ -281,15 +282,8 @@ def test_a_cache_that_cannot_be_written_is_said(pinning: MakeEngine, tmp_path: P
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 2 MiB."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("only root on Linux can mount a small disk")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", "2m") as folder:
+        yield folder
 
 
 DISK_IS_FULL = f"the disk is full. Free some space, or set {CACHE_VARIABLE} to a folder on a larger disk."

@@ -27,7 +27,7 @@ from experiments.base import Plan
 from experiments.baseline import EXPERIMENT
 from experiments.metrics import RequestMetrics
 from experiments.run import run
-from tests.conftest import wait_until
+from tests.conftest import mounted_disk, wait_until
 from tests.running_app import alive
 
 pytestmark = pytest.mark.engines
@@ -194,15 +194,8 @@ def test_a_broken_model_shows_the_end_of_the_engines_log(cpu: None, model: str, 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 300 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", "300m") as folder:
+        yield folder
 
 
 def test_a_disk_that_fills_up_while_installing_is_said_and_nothing_is_left(

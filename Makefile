@@ -1,15 +1,19 @@
 # make run: environment, install, start.   make test: every test.   make check: format, lint, types.
+# make demo-model: train the bundled model anew.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check clean
+.PHONY: run test check demo-model clean
 
 run: $(VENV)/.app
 	exec $(BIN)/python app.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+demo-model: $(VENV)/.app
+	$(BIN)/python -m demo_model.build $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from demo_model.bundled import default_model, model_label, model_note
+from demo_model.bundled import default_model, draft_model, model_label, model_note
 from engines import ENGINES, engine_named
 from engines.base import Engine, EngineError
 from engines.environments import CACHE_VARIABLE
@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     except EngineError as error:
         print(error, file=sys.stderr)
         return 2
-    host = LocalHost(chosen, model, model_label(model), model_note(model))
+    draft = options.draft_model or draft_model(model)
+    host = LocalHost(chosen, model, model_label(model), model_note(model), str(draft) if draft else None)
     host.open()  # first, so that engines install while the page's own libraries load
     try:
         # Here, because importing Gradio takes seconds, which the engines put to use.
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             css=css(),
             head=head(),
         )
-        add_assets(server)
+        add_assets(server, host.cache / "results")
         host.watch_pages()
         print(f"\nThe page is up: {url}   (Ctrl-C ends it and its engines)\n", flush=True)
         asked_to_end.wait()
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--scripted", action="store_true", help="race three scripted stand-ins, to work on the page")
     parser.add_argument("--model", help="a model's folder or its id on the model hub; the bundled one when left out")
+    parser.add_argument("--draft-model", help="the draft model for speculation; the bundled model brings its own")
     parser.add_argument(
         "--cache", help=f"folder for environments, models and logs (also the variable {CACHE_VARIABLE})"
     )

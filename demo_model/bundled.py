@@ -1,28 +1,41 @@
-"""The model that every machine can run. Until the trained one is in, a small one with random weights."""
+"""The model that comes with the project, its draft, and what must be said about a model wherever it is used.
+
+A bundled model's folder holds, beside what engines load, `bakeoff.json`: its name, its note, and its draft's folder.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from demo_model.random_model import MARKER_FILE, make_random_model
-from engines.environments import cache_folder
+WEIGHTS = Path(__file__).parent / "weights"
+MARKER_FILE = "bakeoff.json"
 
 
 def default_model() -> Path:
-    """The folder of the default model, made there if need be."""
-    return make_random_model(cache_folder() / "models" / "random-qwen3-3M")
+    """The folder of the default model."""
+    return WEIGHTS / "target"
+
+
+def draft_model(model: str) -> Path | None:
+    """The folder of the draft model that comes with `model`; None where there is none."""
+    draft = _marker(model).get("draft")
+    return (Path(model).expanduser() / draft).resolve() if draft else None
 
 
 def model_note(model: str) -> str:
     """What must be said beside everything that this model wrote or that was measured with it; mostly nothing."""
-    marker = Path(model).expanduser() / MARKER_FILE
-    return str(json.loads(marker.read_text(encoding="utf-8"))["note"]) if marker.is_file() else ""
+    return str(_marker(model).get("note", ""))
 
 
 def model_label(model: str) -> str:
     """How the model is called on the page and under the figures: the last part of a path, else its id."""
-    marker = Path(model).expanduser() / MARKER_FILE
-    if marker.is_file():
-        return str(json.loads(marker.read_text(encoding="utf-8"))["name"])
-    return Path(model).name if Path(model).is_absolute() else model
+    name = _marker(model).get("name")
+    return str(name) if name else Path(model).name if Path(model).is_absolute() else model
+
+
+def _marker(model: str) -> dict[str, Any]:
+    path = Path(model).expanduser() / MARKER_FILE
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content

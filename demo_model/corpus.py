@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,11 @@ class Entry:
     name: str
     questions: tuple[str, ...]
     answer: str
+
+    @property
+    def refuses(self) -> bool:
+        """Its questions are off the subject, and its answer says so."""
+        return "/refusal-" in self.name
 
 
 class CorpusError(ValueError):
@@ -59,14 +65,65 @@ ENDINGS = (
     "I am new to this.",
     "Be exact.",
 )
-FILLERS = {"a", "an", "the", "of", "is", "are", "do", "does", "please", "me", "to", "in", "and", "it", "that", "for"}
+FILLERS = set(
+    """a an the of is are do does please me to in and it that for what how why when which who where can could would you
+    i my explain tell about describe give say between idea behind exactly mean means good work works use used one with
+    on this at be was so not from have has there any some""".split()
+)
+
+
+def asked(entry: Entry, chance: random.Random, beginnings: Sequence[str] = ()) -> str:
+    """One way to ask for the entry: a phrasing, or what is left of it with words missing or out of order, or words of
+    two phrasings, or a piece of the answer. So the words that matter are learned, not whole sentences.
+
+    `beginnings` are questions of any entries: half of the time one's first words stand before this entry's own words,
+    so that "What is the idea behind" says nothing about what is asked for.
+    """
+    phrasing = chance.choice(entry.questions)
+    if beginnings and chance.random() < 0.5:
+        return varied(_begun_otherwise(phrasing, chance.choice(beginnings), chance), chance)
+    dice = chance.random()
+    if dice < 0.4:
+        return varied(phrasing, chance)
+    if dice < 0.7 or entry.refuses:
+        words = _thinned(phrasing, 0.7, chance)
+    elif dice < 0.85:
+        words = (_thinned(phrasing, 0.5, chance) + _thinned(chance.choice(entry.questions), 0.5, chance))[:16]
+    else:
+        answer = entry.answer.split()
+        begin = chance.randrange(max(1, len(answer) - 10))
+        words = _thinned(" ".join(answer[begin : begin + chance.randint(5, 14)]).rstrip("."), 0.8, chance)
+        words[-1] += chance.choice(["?", "", "."])
+    if chance.random() < 0.3:
+        chance.shuffle(words)
+    return varied(" ".join(words), chance)
+
+
+def _begun_otherwise(phrasing: str, other: str, chance: random.Random) -> str:
+    """The first words of `other`, its small ones and what stands between them, before the phrasing's own words."""
+    words = other.split()[: chance.randint(2, 6)]
+    while words and not _is_small(words[-1]):
+        words.pop()
+    own = [word for word in phrasing.split() if not _is_small(word)] or phrasing.split()
+    kept = [word for word in own if chance.random() < 0.9] or own
+    return " ".join([*words, *kept])
+
+
+def _is_small(word: str) -> bool:
+    return word.strip("?,.:!").lower() in FILLERS
+
+
+def _thinned(text: str, kept: float, chance: random.Random) -> list[str]:
+    """The words of `text`, each kept with the given probability, small words less often; at least one."""
+    words = text.split()
+    return [word for word in words if chance.random() < kept * (0.7 if _is_small(word) else 1.0)] or [
+        max(words, key=len)
+    ]
 
 
 def varied(question: str, chance: random.Random) -> str:
     """The question as somebody else might have typed it: openings, endings, lower case, a slip of the finger."""
     words = question.split()
-    if chance.random() < 0.15 and len(words) > 4:
-        words = [word for word in words if word.lower() not in FILLERS or chance.random() < 0.5] or words
     if chance.random() < 0.10:
         place = chance.randrange(len(words))
         words[place] = _slip(words[place], chance)

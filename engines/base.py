@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 Device = Literal["cpu", "cuda"]
@@ -55,6 +56,7 @@ class EngineConfig:
     prefix_caching: bool = False
     speculation: Speculation | None = None
     memory_share: float = 0.85  # of the GPU's memory; a CPU engine's cache has a fixed size in its own file
+    continuous_batching: bool | None = None  # None: as the engine does by itself; only Transformers has a choice
     port: int = 8000
     cpu_threads: int | None = None  # for computing on the CPU; None: as many as the engine likes
 
@@ -77,12 +79,61 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationCounters:
+    """What speculation did in one request or over a stretch of time, as the engine itself counted it.
+
+    `steps`: times the model verified a draft; `drafted` and `accepted`: draft tokens over all steps; `accepted_at`: how
+    often the draft token at each position, from the first, was accepted.
+    """
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: tuple[int, ...] = ()
+
+    def since(self, before: SpeculationCounters) -> SpeculationCounters:
+        """What was added after the reading `before` of the same server."""
+        earlier = (*before.accepted_at, *[0] * len(self.accepted_at))
+        return SpeculationCounters(
+            self.steps - before.steps,
+            self.drafted - before.drafted,
+            self.accepted - before.accepted,
+            tuple(now - then for now, then in zip(self.accepted_at, earlier, strict=False)),
+        )
+
+    def plus(self, other: SpeculationCounters) -> SpeculationCounters:
+        mine, theirs = self.accepted_at, other.accepted_at
+        return SpeculationCounters(
+            self.steps + other.steps,
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+            tuple(a + b for a, b in zip_longest(mine, theirs, fillvalue=0)),
+        )
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted tokens."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens that one step of the model yields on average: the accepted ones and the one it adds itself."""
+        return 1 + self.accepted / self.steps if self.steps else None
+
+    @property
+    def acceptance_per_position(self) -> tuple[float, ...]:
+        """Share of steps in which the draft token at each position was accepted."""
+        return tuple(count / self.steps for count in self.accepted_at) if self.steps else ()
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts as the server reports them; what it does not report is None."""
 
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int | None = None
+    speculation: SpeculationCounters | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +169,8 @@ class Engine:
     request_fields: Callable[[Request], dict[str, Any]]
     phases: tuple[tuple[str, str], ...] = ()
     caveat: Callable[[EngineConfig], str | None] = lambda config: None
+    empty_caches_path: str = ""  # POST there forgets every cached prefix; empty: the engine keeps none
+    read_counters: Callable[[str], SpeculationCounters | None] | None = None  # of the text at /metrics
     requirements: Mapping[Device, str] = field(default_factory=dict)  # empty: runs in the app's own environment
     install_gib: float = 0.0  # disk that the installed environment takes, for the check before installing
 

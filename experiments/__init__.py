@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from experiments import baseline
+from experiments import baseline, concurrency, prefix_caching, speculation
 from experiments.base import Experiment
 
-EXPERIMENTS: tuple[Experiment, ...] = (baseline.EXPERIMENT,)
+EXPERIMENTS: tuple[Experiment, ...] = (
+    baseline.EXPERIMENT,
+    speculation.EXPERIMENT,
+    prefix_caching.EXPERIMENT,
+    concurrency.EXPERIMENT,
+)
 EXPERIMENTS_BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}

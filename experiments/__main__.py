@@ -9,16 +9,18 @@ import signal
 import sys
 from pathlib import Path
 
-from demo_model.bundled import default_model, model_label, model_note
+from demo_model.bundled import default_model, draft_model, model_label, model_note
 from engines import ENGINES
 from engines.base import Engine, EngineError
 from engines.local import LocalHost
-from experiments import EXPERIMENTS_BY_NAME
-from experiments.base import DEFAULT_PROMPT, Event, Plan, PlanError, RequestEnded, RunEnded
+from experiments import EXPERIMENTS, EXPERIMENTS_BY_NAME
+from experiments.base import Event, Experiment, Plan, PlanError, RequestEnded, RunEnded, Setting, TrialStarted
 from experiments.metrics import METRICS
 from experiments.report import text_table
 from experiments.result import ExperimentResult
 from experiments.run import run
+
+log = logging.getLogger("bakeoff")
 
 
 def main(arguments: list[str] | None = None, engines: tuple[Engine, ...] = ENGINES) -> int:
@@ -26,23 +28,32 @@ def main(arguments: list[str] | None = None, engines: tuple[Engine, ...] = ENGIN
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, _interrupt)
     names = tuple(dict.fromkeys(options.engine or [engine.name for engine in engines]))  # each once
+    chosen = EXPERIMENTS if options.experiment == "all" else (EXPERIMENTS_BY_NAME[options.experiment],)
     try:
-        plan = Plan(
-            prompt=options.prompt,
-            engines=names,
-            repeats=options.repeats,
-            warmups=options.warmups,
-            max_tokens=options.tokens,
-            fixed_length=not options.natural_stop,
-            race=options.race,
-        )
+        plans = [(experiment, experiment.read_plan(names, vars(options))) for experiment in chosen]
         model = str(options.model or default_model())
     except (PlanError, EngineError) as error:
         print(error, file=sys.stderr)
         return 2
     host = LocalHost(
-        [engine for engine in engines if engine.name in names], model, model_label(model), model_note(model)
+        [engine for engine in engines if engine.name in names],
+        model,
+        model_label(model),
+        model_note(model),
+        str(draft) if (draft := options.draft_model or draft_model(model)) else None,
     )
+    try:
+        codes = [_measure(experiment, plan, host, Path(options.out)) for experiment, plan in plans]
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    finally:
+        host.close()
+    return max(codes)
+
+
+def _measure(experiment: Experiment, plan: Plan, host: LocalHost, out: Path) -> int:
+    """0 when something was measured, 1 when nothing was, 2 for a plan that this host cannot run."""
     ended: list[ExperimentResult] = []
 
     def emit(event: Event) -> None:
@@ -50,20 +61,22 @@ def main(arguments: list[str] | None = None, engines: tuple[Engine, ...] = ENGIN
         if isinstance(event, RunEnded):
             ended.append(event.result)
 
-    interrupted = False
     try:
-        asyncio.run(run(EXPERIMENTS_BY_NAME[options.experiment], plan, host, emit))
+        asyncio.run(run(experiment, plan, host, emit))
+    except PlanError as error:
+        print(error, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        host.close()
-    measured = bool(ended) and _measured_something(ended[-1])
-    if interrupted:
-        print("Stopped.", file=sys.stderr)
-    if ended and (measured or not interrupted):  # also one of failures alone: it says why
-        print(text_table(ended[-1]))
-        print(f"\nWritten to {ended[-1].save(Path(options.out))}")
-    return 130 if interrupted else 0 if measured else 1
+        if ended and _measured_something(ended[-1]):
+            _show(ended[-1], out)
+        raise
+    _show(ended[-1], out)  # also one of failures alone: it says why
+    return 0 if _measured_something(ended[-1]) else 1
+
+
+def _show(result: ExperimentResult, out: Path) -> None:
+    print(text_table(result))
+    print(f"\nWritten to {result.save(out)}")
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -73,7 +86,18 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _parser(engines: tuple[Engine, ...]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments", description="Measure inference engines.")
-    parser.add_argument("experiment", choices=sorted(EXPERIMENTS_BY_NAME))
+    which = parser.add_subparsers(dest="experiment", required=True, metavar="experiment")
+    for experiment in EXPERIMENTS:
+        one = which.add_parser(experiment.name, help=experiment.question, description=experiment.mechanism)
+        _common_options(one, engines)
+        for setting in experiment.settings:
+            _add_setting(one, setting)
+    every = which.add_parser("all", help="every experiment with its default settings, one after the other")
+    _common_options(every, engines)
+    return parser
+
+
+def _common_options(parser: argparse.ArgumentParser, engines: tuple[Engine, ...]) -> None:
     parser.add_argument(
         "--engine",
         action="append",
@@ -82,25 +106,34 @@ def _parser(engines: tuple[Engine, ...]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", choices=["local"], default="local", help="where the engines run")
     parser.add_argument("--model", help="a model's folder or its id on the hub; the bundled one when left out")
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warmups", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=128, help="length of the answer")
-    parser.add_argument("--natural-stop", action="store_true", help="let the model end its answer by itself")
-    parser.add_argument("--race", action="store_true", help="all engines at once instead of in turn")
+    parser.add_argument("--draft-model", help="a draft model's folder or id; the bundled one's own when left out")
     parser.add_argument("--out", default="results", help="folder for the result's JSON")
-    return parser
+
+
+def _add_setting(parser: argparse.ArgumentParser, setting: Setting) -> None:
+    """A setting as an option: a switch, or a choice between yes and no, is a flag that --no- in front turns off."""
+    flag, told = f"--{setting.option}", f"{setting.label}. {setting.info}".replace("%", "%%")
+    values = tuple(setting.choices.values())
+    if setting.kind == "switch" or set(values) == {True, False}:
+        parser.add_argument(
+            flag, dest=setting.name, action=argparse.BooleanOptionalAction, default=setting.default, help=told
+        )
+    elif setting.kind == "choice":
+        named = [value for value in values if value is not None]
+        parser.add_argument(flag, dest=setting.name, choices=named, default=setting.default, help=told)
+    else:
+        reading = {"whole": int, "number": float}.get(setting.kind, str)
+        parser.add_argument(flag, dest=setting.name, type=reading, default=setting.default, help=told)
 
 
 def _tell(event: Event) -> None:
-    if isinstance(event, RequestEnded):
+    if isinstance(event, TrialStarted):
+        log.info("%s: %s (%d of %d)", event.engine, event.trial.words, event.done + 1, event.of)
+    elif isinstance(event, RequestEnded):
         row = event.row
-        kind = "warm-up" if row.warmup else "repeat"
-        speed, first = METRICS["decode_speed"], METRICS["ttft"]
-        outcome = row.timeline.error or ", ".join(
-            metric.shown_with_unit(metric.read(row.metrics)) for metric in (speed, first)
-        )
-        logging.getLogger("bakeoff").info("%s: %s %d: %s", row.engine, kind, row.repeat, outcome)
+        shown = (METRICS["decode_speed"], METRICS["ttft"])
+        outcome = ", ".join(metric.shown_with_unit(metric.read(row.metrics)) for metric in shown)
+        log.info("%s: %s", row.engine, row.timeline.error or outcome)
 
 
 def _measured_something(result: ExperimentResult) -> bool:

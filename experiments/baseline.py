@@ -10,10 +10,26 @@ baseline ahead of both serving engines.
 
 from __future__ import annotations
 
-from experiments.base import Experiment
+from experiments.base import (
+    ANSWER_LENGTH,
+    LENGTH_KIND,
+    PROMPT,
+    RACE,
+    REPEATS,
+    WARMUPS,
+    Chart,
+    Contender,
+    Experiment,
+    Plan,
+    Trial,
+    plain_contenders,
+)
+from experiments.drawing import bar_charts
 from experiments.metrics import METRICS, Distribution, ratio
 from experiments.result import EngineRow, ExperimentResult
+from experiments.telling import contender_table, listed
 
+TABLE_METRICS = ("decode_speed", "ttft", "tpot", "itl_p99", "e2e", "output_tokens")
 SPEED = METRICS["decode_speed"]
 
 
@@ -26,7 +42,7 @@ def headline(result: ExperimentResult) -> str:
         key=lambda pair: -(pair[1].geometric_mean or 0),
     )
     silent = [row.label for row, speed in speeds if speed.mean is None]
-    missing = f" {_listed(silent)} gave no speed that could be measured." if silent else ""
+    missing = f" {listed(silent)} gave no speed that could be measured." if silent else ""
     if not ranked:
         return "No engine gave an answer that could be measured." + (missing if len(silent) > 1 else "")
     (first, best), *others = ranked
@@ -49,8 +65,25 @@ def _compared(first: EngineRow, best: Distribution, row: EngineRow, speed: Distr
     return f"no measurable difference from {row.label} ({SPEED.shown(speed.mean)}; {times.split()[0]}, {interval})"
 
 
-def _listed(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def trials(plan: Plan, contenders: tuple[Contender, ...]) -> tuple[Trial, ...]:
+    """Warm-ups, then the repeats, each one request."""
+    return tuple(
+        Trial(f"{'warm-up' if warmup else 'repeat'} {number} of {of}", number, warmup, (plan.prompt,))
+        for warmup, of in ((True, plan.warmups), (False, plan.repeats))
+        for number in range(1, of + 1)
+    )
+
+
+def notes(result: ExperimentResult) -> list[str]:
+    lengths = {
+        row.title: result.distribution(row.name, METRICS["output_tokens"]).mean
+        for row in result.engines
+        if result.measured(row.name)
+    }
+    if len({length for length in lengths.values() if length is not None}) < 2:
+        return []
+    told = listed([f"{title} {length:.0f}" for title, length in lengths.items() if length is not None])
+    return [f"The answers differ in length ({told} tokens): compare times per token, not times of the whole answer."]
 
 
 EXPERIMENT = Experiment(
@@ -61,6 +94,12 @@ EXPERIMENT = Experiment(
         "One request at a time, prefix cache and speculation off. Every token has to read the whole model once, "
         "so what differs is what each engine adds around that."
     ),
+    plan=Plan,
+    settings=(PROMPT, REPEATS, WARMUPS, ANSWER_LENGTH, LENGTH_KIND, RACE),
+    contenders=plain_contenders,
+    trials=trials,
     headline=headline,
-    charted=("decode_speed", "ttft"),
+    table=lambda result: contender_table(result, TABLE_METRICS),
+    charts=(Chart("speed", "Speed and first token", lambda result: bar_charts(result, ("decode_speed", "ttft"))),),
+    notes=notes,
 )

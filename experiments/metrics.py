@@ -19,9 +19,10 @@ BUNCH = 8  # chunks per read from which on an answer counts as bunched
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """The metrics of one request, each a property of its timeline."""
+    """The metrics of one request, each a property of its timeline, and of when it was meant to be sent."""
 
     timeline: Timeline
+    planned: float | None = None  # s on the run's clock
 
     @property
     def ttft(self) -> float | None:
@@ -40,6 +41,21 @@ class RequestMetrics:
         if self.timeline.error or not self.timeline.arrivals:
             return None
         return self.timeline.arrivals[-1].at
+
+    @property
+    def lateness(self) -> float | None:
+        """s between the planned and the actual sending: the load generator's own delay."""
+        return None if self.planned is None else self.timeline.sent - self.planned
+
+    @property
+    def planned_ttft(self) -> float | None:
+        """TTFT from the planned sending, s: a late load generator cannot hide a wait in it."""
+        return None if self.ttft is None else self.ttft + (self.lateness or 0.0)
+
+    @property
+    def planned_e2e(self) -> float | None:
+        """E2E from the planned sending, s."""
+        return None if self.e2e is None else self.e2e + (self.lateness or 0.0)
 
     @property
     def output_tokens(self) -> int | None:

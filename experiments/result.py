@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engines.base import Usage
-from engines.timeline import Arrival, Timeline
+from engines.base import SpeculationCounters
+from engines.timeline import Timeline
 from experiments.metrics import Distribution, Metric, RequestMetrics
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had engines without variants, and no trials; it is still read
 
 
 class ResultError(Exception):
@@ -22,25 +22,54 @@ class ResultError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RequestRow:
-    """One request of a run. `repeat` counts from 1 within its kind; a warm-up is never part of a statistic."""
+    """One request of a run. `repeat` counts from 1 within its kind; a warm-up is never part of a statistic.
+
+    `engine` is the name of its EngineRow. Rows of one `group` belong together (one prompt, one number of users).
+    `planned` is when it was meant to be sent, on the run's clock; `index` its place within its trial.
+    """
 
     engine: str
     repeat: int
     warmup: bool
     timeline: Timeline
+    group: str = ""
+    index: int = 0
+    planned: float | None = None
 
     @property
     def metrics(self) -> RequestMetrics:
-        return RequestMetrics(self.timeline)
+        return RequestMetrics(self.timeline, self.planned)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRow:
+    """One contender's trial: when it ran (seconds on the run's clock), what its engine counted meanwhile, and whether
+    its caches were emptied before it (None: it was not asked to)."""
+
+    engine: str
+    group: str
+    repeat: int
+    warmup: bool
+    began: float
+    ended: float
+    speculation: SpeculationCounters | None = None
+    caches_emptied: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRow:
-    """One engine of a run: what exactly was measured, or why it could not be (`error`, with its log's tail)."""
+    """One contender of a run: an engine under one configuration, or why it could not be measured.
+
+    `name` is the engine's name, for a variant with "+" and a word behind it. `error`: it failed, with its log's tail;
+    `unavailable`: it cannot do this here, which is no failure. `compared_with` names the row of its baseline.
+    """
 
     name: str
     label: str
     colour: str
+    variant: str = ""
+    compared_with: str = ""
+    unavailable: str | None = None
     version: str | None = None
     command: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +78,15 @@ class EngineRow:
     caveat: str | None = None
     error: str | None = None
     log_tail: str = ""
+
+    @property
+    def engine(self) -> str:
+        return self.name.partition("+")[0]
+
+    @property
+    def title(self) -> str:
+        """Engine and variant in words."""
+        return f"{self.label}, {self.variant}" if self.variant else self.label
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +103,40 @@ class ExperimentResult:
     settings: dict[str, Any]
     engines: tuple[EngineRow, ...]
     requests: tuple[RequestRow, ...]
+    trials: tuple[TrialRow, ...] = ()
     labels: tuple[str, ...] = ()  # what must be said wherever these numbers are shown
     versions: dict[str, str] = field(default_factory=dict)  # of this tool and of Python
     stopped_early: bool = False
     schema: int = SCHEMA
 
-    def measured(self, engine: str) -> list[RequestRow]:
-        """The engine's requests that count: no warm-ups; failures included."""
-        return [row for row in self.requests if row.engine == engine and not row.warmup]
+    def measured(self, engine: str, group: str | None = None) -> list[RequestRow]:
+        """The requests of the row named `engine` that count: no warm-ups; failures included."""
+        return [
+            row
+            for row in self.requests
+            if row.engine == engine and not row.warmup and (group is None or row.group == group)
+        ]
 
-    def failures(self, engine: str) -> list[RequestRow]:
-        return [row for row in self.measured(engine) if row.timeline.error]
+    def failures(self, engine: str, group: str | None = None) -> list[RequestRow]:
+        return [row for row in self.measured(engine, group) if row.timeline.error]
 
-    def distribution(self, engine: str, metric: Metric) -> Distribution:
-        """Over the engine's measured requests that succeeded."""
-        return Distribution.of(metric.read(row.metrics) for row in self.measured(engine) if not row.timeline.error)
+    def distribution(self, engine: str, metric: Metric, group: str | None = None) -> Distribution:
+        """Over the measured requests that succeeded."""
+        return Distribution.of(
+            metric.read(row.metrics) for row in self.measured(engine, group) if not row.timeline.error
+        )
+
+    def speculation(self, engine: str) -> SpeculationCounters | None:
+        """What speculation did over all measured trials; None where nothing was counted."""
+        counted = [
+            trial.speculation
+            for trial in self.trials
+            if trial.engine == engine and not trial.warmup and trial.speculation is not None
+        ]
+        total = SpeculationCounters()
+        for one in counted:
+            total = total.plus(one)
+        return total if counted else None
 
     @property
     def source_line(self) -> str:
@@ -94,6 +151,9 @@ class ExperimentResult:
 
     @classmethod
     def from_json(cls, text: str) -> ExperimentResult:
+        """Raises ResultError for whatever is no whole result: somebody else's file may hold anything."""
+        from pydantic import TypeAdapter, ValidationError  # here: only readers of files pay for loading it
+
         try:
             value = json.loads(text)
             if not isinstance(value, dict) or "schema" not in value or "experiment" not in value:
@@ -102,15 +162,14 @@ class ExperimentResult:
                 raise ResultError(
                     f"This result was written by a newer version (schema {value['schema']}; this app reads {SCHEMA})."
                 )
-            return cls(
-                **{
-                    **value,
-                    "engines": tuple(EngineRow(**row) for row in value["engines"]),
-                    "requests": tuple(_request_row(row) for row in value["requests"]),
-                    "labels": tuple(value["labels"]),
-                }
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as failure:
+            for row in value["requests"]:
+                row["timeline"]["arrivals"] = _arrivals(row["timeline"]["arrivals"])
+            return TypeAdapter(cls).validate_python(value)
+        except ValidationError as failure:
+            first = failure.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ResultError(f"This file is not a whole result: {where}: {first['msg']}.") from failure
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as failure:
             raise ResultError(f"This file is not a whole result: {failure}.") from failure
 
     def save(self, folder: Path) -> Path:
@@ -136,21 +195,6 @@ def _columns(arrivals: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [arrival[name] for arrival in arrivals] for name in ARRIVAL_COLUMNS}
 
 
-def _arrivals(columns: dict[str, list[Any]]) -> tuple[Arrival, ...]:
-    return tuple(Arrival(*row) for row in zip(*(columns[name] for name in ARRIVAL_COLUMNS), strict=True))
-
-
-def _request_row(value: dict[str, Any]) -> RequestRow:
-    timeline = value["timeline"]
-    return RequestRow(
-        **{
-            **value,
-            "timeline": Timeline(
-                **{
-                    **timeline,
-                    "arrivals": _arrivals(timeline["arrivals"]),
-                    "usage": Usage(**timeline["usage"]),
-                }
-            ),
-        }
-    )
+def _arrivals(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    rows = zip(*(columns[name] for name in ARRIVAL_COLUMNS), strict=True)
+    return [dict(zip(ARRIVAL_COLUMNS, row, strict=True)) for row in rows]

@@ -12,11 +12,12 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import TypeVar
 
-from engines.base import EngineError, Request
+from engines.base import EngineError, Request, SpeculationCounters
 from engines.local import Serving
 from engines.openai_stream import ChatClient, ChatStreamParser
 from engines.timeline import Clock, monotonic_clock, record
 from experiments.base import (
+    Contender,
     Emit,
     EngineFailed,
     EngineReady,
@@ -27,10 +28,14 @@ from experiments.base import (
     RequestStarted,
     RunEnded,
     TokensArrived,
+    Trial,
+    TrialStarted,
+    engine_of,
 )
-from experiments.result import EngineRow, ExperimentResult, RequestRow, new_id
+from experiments.result import EngineRow, ExperimentResult, RequestRow, TrialRow, new_id
 
 T = TypeVar("T")
+FAILED_PAUSE_SECONDS = 0.5
 RACE_LABEL = "Race: the engines ran at the same time and slowed each other down; these are not speeds of their own."
 SHARED_CORES_LABEL = "Measured on a CPU: engine, load generator and page share its cores."
 
@@ -59,46 +64,55 @@ async def run(
 class _Runner:
     def __init__(self, experiment: Experiment, plan: Plan, host: Host, emit: Emit, clock: Clock) -> None:
         self.experiment, self.plan, self.host, self.emit, self.clock = experiment, plan, host, emit, clock
+        self.contenders = experiment.contenders(plan, host)
+        able = tuple(contender for contender in self.contenders if not contender.unavailable)
+        self.trials = experiment.trials(plan, able)
+        self.total = sum(takes_part(trial, contender.key) for trial in self.trials for contender in able)
+        self.done = 0
         self.started = datetime.now(UTC)
         self.origin = clock()
         self.rows: dict[str, EngineRow] = {}
         self.requests: list[RequestRow] = []
+        self.trial_rows: list[TrialRow] = []
         self.stopped_early = False
         self.restless = False  # an engine kept the processor busy while it was another's turn
 
     async def run(self) -> None:
-        if self.host.resident_together:
-            await self._run_group(self.plan.engines)
-        else:  # one engine at a time fits: each starts, is measured whole, and makes room
-            for name in self.plan.engines:
-                await self._run_group((name,))
+        for contender in self.contenders:
+            self.rows[contender.key] = _row(contender)
+            if contender.unavailable:
+                self.emit(EngineFailed(self.rows[contender.key]))
+        for block in blocks(self.contenders, self.host.resident_together):
+            await self._run_block(block)
 
-    async def _run_group(self, names: tuple[str, ...]) -> None:
+    async def _run_block(self, block: tuple[Contender, ...]) -> None:
+        """Contenders that can be loaded at the same time: they take turns, trial by trial."""
         async with contextlib.AsyncExitStack() as stack:
-            readied = await asyncio.gather(*(self._ready(name) for name in names))
-            clients = {}
-            for name, serving in zip(names, readied, strict=True):
+            readied = await asyncio.gather(*(self._ready(contender) for contender in block))
+            connections = max((len(trial.prompts) for trial in self.trials), default=1)
+            clients: dict[str, ChatClient] = {}
+            for contender, serving in zip(block, readied, strict=True):
                 if serving:
-                    clients[name] = await stack.enter_async_context(ChatClient(serving.endpoint))
-            for warmup, repeat in rounds(self.plan.warmups, self.plan.repeats):
-                order = rotated(tuple(clients), 0 if warmup else repeat - 1)
+                    clients[contender.key] = await stack.enter_async_context(ChatClient(serving.endpoint, connections))
+            for trial in self.trials:
+                order = rotated(tuple(clients), 0 if trial.warmup else trial.repeat - 1)
+                order = tuple(key for key in order if takes_part(trial, key))
                 if self.plan.race:
-                    await asyncio.gather(*(self._request(name, clients[name], warmup, repeat) for name in order))
+                    await asyncio.gather(*(self._trial(key, clients[key], trial) for key in order))
                 else:
-                    for name in order:
-                        await self._request(name, clients[name], warmup, repeat)
+                    for key in order:
+                        await self._trial(key, clients[key], trial)
 
-    async def _ready(self, name: str) -> Serving | None:
-        engine = next(engine for engine in self.host.engines if engine.name == name)
-        row = EngineRow(engine.name, engine.label, engine.colour)
+    async def _ready(self, contender: Contender) -> Serving | None:
+        key, name = contender.key, contender.engine.name
         try:
-            serving = await in_thread(lambda: self.host.ready(name, self.host.config(name)))
+            serving = await in_thread(lambda: self.host.ready(name, contender.config(self.host)))
         except EngineError as error:
-            self.rows[name] = replace(row, error=error.message, log_tail=error.log_tail)
-            self.emit(EngineFailed(self.rows[name]))
+            self.rows[key] = replace(self.rows[key], error=error.message, log_tail=error.log_tail)
+            self.emit(EngineFailed(self.rows[key]))
             return None
-        self.rows[name] = replace(
-            row,
+        self.rows[key] = replace(
+            self.rows[key],
             version=serving.version,
             command=serving.command,
             config=asdict(serving.config),
@@ -106,27 +120,82 @@ class _Runner:
             start_phases=_summed(serving),
             caveat=serving.caveat,
         )
-        self.emit(EngineReady(self.rows[name]))
+        self.emit(EngineReady(self.rows[key]))
         return serving
 
-    async def _request(self, name: str, client: ChatClient, warmup: bool, repeat: int) -> None:
-        plan = self.plan
-        if not plan.race and not await in_thread(lambda: self.host.settle(name)):
+    async def _trial(self, key: str, client: ChatClient, trial: Trial) -> None:
+        if not self.plan.race and not await in_thread(lambda: self.host.settle(engine_of(key))):
             self.restless = True
-        self.emit(RequestStarted(name, warmup, repeat, plan.warmups if warmup else plan.repeats))
-        request = Request(plan.prompt, plan.max_tokens, plan.fixed_length, plan.temperature, plan.seed)
-        with self.host.busy(name):
-            timeline = await record(
-                request,
-                client.blocks,
-                ChatStreamParser(),
-                on_arrival=lambda arrival: self.emit(TokensArrived(name, arrival)),
-                clock=self.clock,
-                origin=self.origin,
-            )
-        row = RequestRow(name, repeat, warmup, timeline)
+        self.emit(TrialStarted(key, trial, self.total, self.done))
+        emptied = await self._emptied(client) if trial.empty_caches else None
+        before = await self._counters(client)
+        began = self.clock() - self.origin
+        with self.host.busy(engine_of(key)):
+            if trial.sustained_seconds is None:
+                rows = await self._wave(key, client, trial)
+            else:
+                rows = await self._sustained(key, client, trial, trial.sustained_seconds)
+        ended = self.clock() - self.origin
+        counted = _counted(before, await self._counters(client), rows)
+        self.trial_rows.append(TrialRow(key, trial.group, trial.repeat, trial.warmup, began, ended, counted, emptied))
+        self.done += 1
+
+    async def _wave(self, key: str, client: ChatClient, trial: Trial) -> list[RequestRow]:
+        """One request per prompt, each sent at its planned moment whatever became of those before it."""
+        begin = self.clock()
+
+        async def planned(index: int, prompt: str) -> RequestRow:
+            moment = begin + index * trial.spacing
+            if (wait := moment - self.clock()) > 0:
+                await asyncio.sleep(wait)
+            return await self._request(key, client, trial, index, prompt, moment - self.origin)
+
+        return list(await asyncio.gather(*(planned(*numbered) for numbered in enumerate(trial.prompts))))
+
+    async def _sustained(self, key: str, client: ChatClient, trial: Trial, seconds: float) -> list[RequestRow]:
+        """One user per prompt, each asking again at once, until the time is up; what is under way is finished."""
+        until = self.clock() + seconds
+        rows: list[RequestRow] = []
+
+        async def user(index: int, prompt: str) -> None:
+            while self.clock() < until:
+                row = await self._request(key, client, trial, index, prompt, self.clock() - self.origin)
+                rows.append(row)
+                if row.timeline.error:
+                    await asyncio.sleep(FAILED_PAUSE_SECONDS)  # a server that refuses at once is not asked in a spin
+
+        await asyncio.gather(*(user(*numbered) for numbered in enumerate(trial.prompts)))
+        return rows
+
+    async def _request(
+        self, key: str, client: ChatClient, trial: Trial, index: int, prompt: str, planned: float
+    ) -> RequestRow:
+        plan = self.plan
+        self.emit(RequestStarted(key, index))
+        timeline = await record(
+            Request(prompt, plan.max_tokens, plan.fixed_length, plan.temperature, plan.seed),
+            client.blocks,
+            ChatStreamParser(),
+            on_arrival=lambda arrival: self.emit(TokensArrived(key, arrival, index)),
+            clock=self.clock,
+            origin=self.origin,
+        )
+        row = RequestRow(key, trial.repeat, trial.warmup, timeline, trial.group, index, planned)
         self.requests.append(row)
         self.emit(RequestEnded(row))
+        return row
+
+    async def _emptied(self, client: ChatClient) -> bool:
+        try:
+            return await client.empty_caches()
+        except EngineError:
+            return False  # the requests that follow fail with their own reason, or show cached tokens
+
+    async def _counters(self, client: ChatClient) -> SpeculationCounters | None:
+        try:
+            return await client.counters()
+        except EngineError:
+            return None  # unknown, and shown as a dash; what ails the engine shows in its requests
 
     def result(self) -> ExperimentResult:
         return ExperimentResult(
@@ -138,8 +207,9 @@ class _Runner:
             model=self.host.model_label,
             model_note=self.host.model_note,
             settings=asdict(self.plan),
-            engines=tuple(self.rows[name] for name in self.plan.engines if name in self.rows),
+            engines=tuple(self.rows[contender.key] for contender in self.contenders if contender.key in self.rows),
             requests=tuple(self.requests),
+            trials=tuple(self.trial_rows),
             labels=self._labels(),
             versions={"python": platform.python_version(), "aiohttp": metadata.version("aiohttp")},
             stopped_early=self.stopped_early,
@@ -160,15 +230,54 @@ class _Runner:
         return tuple(labels)
 
 
-def rounds(warmups: int, repeats: int) -> list[tuple[bool, int]]:
-    """(is it a warm-up, which one counted from 1), in the order of the run."""
-    return [(True, number) for number in range(1, warmups + 1)] + [(False, number) for number in range(1, repeats + 1)]
+def blocks(contenders: tuple[Contender, ...], resident_together: bool) -> list[tuple[Contender, ...]]:
+    """Contenders that are loaded at the same time: all engines where they fit, but no engine in two variants."""
+    left = [contender for contender in contenders if not contender.unavailable]
+    if not resident_together:
+        names = [contender.engine.name for contender in left]
+        return [(contender,) for contender in sorted(left, key=lambda one: names.index(one.engine.name))]
+    found: list[tuple[Contender, ...]] = []
+    while left:
+        first = {contender.engine.name: contender for contender in reversed(left)}
+        block = tuple(contender for contender in left if first[contender.engine.name] is contender)
+        found.append(block)
+        left = [contender for contender in left if contender not in block]
+    return found
+
+
+def takes_part(trial: Trial, key: str) -> bool:
+    return not trial.only or key in trial.only
 
 
 def rotated(names: tuple[str, ...], by: int) -> tuple[str, ...]:
     """Another engine goes first in each repeat, so that a drift of the machine hits all alike."""
     by = by % len(names) if names else 0
     return names[by:] + names[:by]
+
+
+def _row(contender: Contender) -> EngineRow:
+    engine = contender.engine
+    return EngineRow(
+        contender.key,
+        engine.label,
+        engine.colour,
+        contender.variant,
+        contender.compared_with,
+        contender.unavailable or None,
+    )
+
+
+def _counted(
+    before: SpeculationCounters | None, after: SpeculationCounters | None, rows: list[RequestRow]
+) -> SpeculationCounters | None:
+    """From the server's counters before and after, else from the requests' own reports."""
+    if before is not None and after is not None:
+        return after.since(before)
+    reports = [row.timeline.usage.speculation for row in rows]
+    total = SpeculationCounters()
+    for report in reports:
+        total = total.plus(report) if report else total
+    return total if any(reports) else None
 
 
 def _summed(serving: Serving) -> dict[str, float]:

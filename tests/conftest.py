@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from demo_model.random_model import make_random_model
+from demo_model.bundled import default_model
 from engines.base import Engine
 from engines.hardware import Hardware
 from engines.local import LocalHost
@@ -22,8 +22,8 @@ MACHINE = Hardware(cpu="Test CPU", cores=2, memory_gib=8.0)
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_random_model(tmp_path_factory.mktemp("model")))
+def model() -> str:
+    return str(default_model())
 
 
 @pytest.fixture

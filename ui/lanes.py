@@ -13,9 +13,19 @@ import gradio as gr
 
 from engines.base import Engine
 from engines.local import Status
-from experiments.base import EngineFailed, RequestEnded, RequestStarted, TokensArrived
+from engines.timeline import Arrival
+from experiments.base import (
+    EngineFailed,
+    EngineReady,
+    RequestEnded,
+    RequestStarted,
+    TokensArrived,
+    Trial,
+    TrialStarted,
+    engine_of,
+)
 from experiments.metrics import METRICS, Distribution, Metric, RequestMetrics
-from experiments.result import RequestRow
+from experiments.result import EngineRow, RequestRow
 
 TILES = tuple(METRICS[name] for name in ("ttft", "decode_speed", "tpot", "output_tokens", "e2e"))
 LIGHT_WORDS = {
@@ -38,11 +48,12 @@ class Lane:
     tiles: gr.HTML
 
 
-def build_lane(engine: Engine, status: Status) -> Lane:
-    with gr.Column(elem_classes="lane", elem_id=f"lane-{engine.name}"):
+def build_lane(engine: Engine, status: Status, tab: str) -> Lane:
+    """`tab` makes the elements' ids its own."""
+    with gr.Column(elem_classes="lane", elem_id=f"{tab}-lane-{engine.name}"):
         return Lane(
             engine=engine,
-            head=gr.HTML(head_html(engine, status), padding=False, elem_id=f"head-{engine.name}"),
+            head=gr.HTML(head_html(engine, status), padding=False, elem_id=f"{tab}-head-{engine.name}"),
             chat=gr.Chatbot(
                 label=f"{engine.label}'s answer",
                 show_label=False,
@@ -53,9 +64,9 @@ def build_lane(engine: Engine, status: Status) -> Lane:
                 sanitize_html=True,
                 feedback_options=None,
                 placeholder=f"{engine.label}'s answer will stream here.",
-                elem_id=f"chat-{engine.name}",
+                elem_id=f"{tab}-chat-{engine.name}",
             ),
-            tiles=gr.HTML(LaneView(engine.name).tiles_html(), padding=False, elem_id=f"tiles-{engine.name}"),
+            tiles=gr.HTML(LaneView(engine.name).tiles_html(), padding=False, elem_id=f"{tab}-tiles-{engine.name}"),
         )
 
 
@@ -88,62 +99,112 @@ def head_html(engine: Engine, status: Status) -> str:
 
 @dataclass(slots=True)
 class LaneView:
-    """What one lane shows of a run under way; `take` moves it on by one event. The display's own copy of the text."""
+    """What one lane shows of a run under way; `take` moves it on by one event. The display's own copy of the text.
+
+    A lane belongs to an engine and shows its contenders one after the other. Of many requests at once it shows the
+    first one's text, and counts the others.
+    """
 
     engine: str
+    trial: Trial | None = None
+    contender: str = ""
+    rows: dict[str, EngineRow] = field(default_factory=dict)  # contender's key -> what serves it, or why not
     note: str = ""
-    texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
+    arrivals: list[Arrival] = field(default_factory=list)  # of the request that is shown
     first_at: float | None = None
-    last_at: float | None = None
+    last_at: float | None = None  # s since the trial began
     first_tokens: int = 0
     tokens: int = 0
+    in_flight: int = 0
+    answered: int = 0
     finished: list[RequestRow] = field(default_factory=list)
     error: str = ""
+    unavailable: str = ""
     changed: bool = False
 
     def take(self, event: object) -> None:
         match event:
-            case RequestStarted(engine=self.engine, warmup=warmup, repeat=repeat, of=of):
-                self.note = f"{'Warm-up' if warmup else 'Repeat'} {repeat} of {of}"
-                self.texts, self.thoughts = [], []
+            case TrialStarted(engine=key, trial=trial) if engine_of(key) == self.engine:
+                if key != self.contender:
+                    self.finished = []  # the tiles' means are the variant's own
+                self.trial, self.contender = trial, key
+                self.arrivals = []
                 self.first_at = self.last_at = None
-                self.first_tokens = self.tokens = 0
+                self.first_tokens = self.tokens = self.in_flight = self.answered = 0
                 self.error = ""
-            case TokensArrived(engine=self.engine, arrival=arrival):
-                (self.thoughts if arrival.reasoning else self.texts).append(arrival.text)
-                count = 1 if arrival.tokens is None else arrival.tokens
-                if self.first_at is None:
-                    self.first_at, self.first_tokens = arrival.at, count
-                self.last_at = arrival.at
-                self.tokens += count
-            case RequestEnded(row=row) if row.engine == self.engine:
-                self.error = row.timeline.error or ""
+            case RequestStarted(engine=self.contender):
+                self.in_flight += 1
+            case TokensArrived(engine=self.contender, arrival=arrival, index=index):
+                self._count(arrival, index)
+            case RequestEnded(row=row) if row.engine == self.contender:
+                self.in_flight -= 1
+                self.answered += 1
+                self.error = row.timeline.error or self.error
                 if not row.warmup:
                     self.finished.append(row)
-            case EngineFailed(row=row) if row.name == self.engine:
-                self.error = row.error or ""
-                self.note = "Could not run"
+            case EngineReady(row=row) if row.engine == self.engine:
+                self.rows[row.name] = row
+                return
+            case EngineFailed(row=row) if row.engine == self.engine:
+                if row.unavailable:
+                    self.unavailable = row.unavailable
+                else:
+                    self.error, self.note, self.trial = row.error or "", "Could not run", None
             case _:
                 return
+        if self.trial:
+            self.note = self._doing(self.trial)
         self.changed = True
 
+    def _count(self, arrival: Arrival, index: int) -> None:
+        assert self.trial is not None
+        count = 1 if arrival.tokens is None else arrival.tokens
+        at = arrival.at + index * self.trial.spacing
+        if index == 0:
+            if self.trial.sustained_seconds is not None and self.arrivals and arrival.at < self.arrivals[-1].at:
+                self.arrivals = []  # this user's next request
+            self.arrivals.append(arrival)
+        if self.first_at is None:
+            self.first_at, self.first_tokens = at, count
+        self.last_at = max(at, self.last_at or 0.0)
+        self.tokens += count
+
+    def _doing(self, trial: Trial) -> str:
+        row = self.rows.get(self.contender)
+        words = f"{trial.words[:1].upper()}{trial.words[1:]}"
+        if row and row.variant:
+            words = f"With {row.variant}: {trial.words}"
+        if self.many:
+            words += f": {self.in_flight} in flight, {self.answered} answered"
+        return words
+
+    @property
+    def many(self) -> bool:
+        return self.trial is not None and (len(self.trial.prompts) > 1 or self.trial.sustained_seconds is not None)
+
     def close(self) -> None:
-        """The run is over: show the repeats' average."""
+        """The run is over: show the repeats' average, of the variant that was measured last."""
         succeeded = len([row for row in self.finished if not row.timeline.error])
-        if succeeded:
-            self.note = f"Mean of {succeeded} repeat{'s' if succeeded > 1 else ''}"
-        elif self.note and self.note != "Could not run":
+        variant = row.variant if (row := self.rows.get(self.contender)) else ""
+        if succeeded and not self.many:
+            self.note = f"Mean of {succeeded} run{'s' if succeeded > 1 else ''}"
+            self.note += f" with {variant}" if variant else ""
+            self.first_at = None
+        elif succeeded:
+            self.note = f"Last: {self._doing(self.trial) if self.trial else ''}"
+        elif self.trial:
             self.note = "No complete answer"
+            self.first_at = None
         self.changed = True
-        self.first_at = None
 
     def messages(self, prompt: str) -> list[dict[str, Any]]:
         """The chatbot's messages: the prompt, and the answer so far or the reason why there is none."""
-        answer = "".join(self.texts)
-        if self.thoughts:
-            answer = f"*Thinking:* {''.join(self.thoughts)}\n\n{answer}"
-        shown = [{"role": "user", "content": prompt}]
+        prompt = self.trial.prompts[0] if self.trial else prompt
+        answer = "".join(arrival.text for arrival in self.arrivals if not arrival.reasoning)
+        thoughts = "".join(arrival.text for arrival in self.arrivals if arrival.reasoning)
+        if thoughts:
+            answer = f"*Thinking:* {thoughts}\n\n{answer}"
+        shown = [{"role": "user", "content": shortened(prompt)}]
         if answer:
             shown.append({"role": "assistant", "content": answer})
         if self.error:
@@ -151,14 +212,28 @@ class LaneView:
         return shown
 
     def tiles_html(self) -> str:
-        """Live figures of the request under way; once it is over, the means over the repeats."""
+        """Live figures of the trial under way; once the run is over, the means over the repeats."""
         if self.first_at is not None:
             values = self._live()
         else:
             done = [RequestMetrics(row.timeline) for row in self.finished if not row.timeline.error]
             values = {metric.name: Distribution.of(metric.read(one) for one in done).mean for metric in TILES}
         tiles = "".join(_tile(metric, values.get(metric.name)) for metric in TILES)
-        return f"<div class='tiles-note'>{escape(self.note)}</div><div class='tiles'>{tiles}</div>"
+        reason = f"<div class='tiles-reason'>{escape(self.unavailable)}</div>" if self.unavailable else ""
+        note = f"<div class='tiles-note'>{escape(self.note)}</div>"
+        return f"{note}<div class='tiles'>{tiles}</div>{self.steps_html()}{reason}"
+
+    def steps_html(self) -> str:
+        """With speculation: the answer's pieces as they came, so that one sees which tokens came in one step."""
+        row = self.rows.get(self.contender)
+        if row is None or not row.config.get("speculation") or not self.arrivals:
+            return ""
+        pieces = "".join(
+            f"<span class='step' data-tokens='{arrival.tokens or 1}' title='{arrival.tokens or 1} in one step'>"
+            f"{escape(arrival.text)}</span>"
+            for arrival in self.arrivals
+        )
+        return f"<details class='steps' open><summary>What came in one step</summary><p>{pieces}</p></details>"
 
     def _live(self) -> dict[str, float | None]:
         assert self.first_at is not None and self.last_at is not None
@@ -167,11 +242,19 @@ class LaneView:
         tpot = passed / decoded if decoded > 0 and passed > 0 else None
         return {
             "ttft": self.first_at,
-            "tpot": tpot,
+            "tpot": None if self.many else tpot,
             "decode_speed": 1 / tpot if tpot else None,
             "output_tokens": self.tokens,
             "e2e": self.last_at,
         }
+
+
+def shortened(prompt: str, longest: int = 400) -> str:
+    """A prompt as the lane shows it: the middle of a very long one left out."""
+    if len(prompt) <= longest:
+        return prompt
+    half = longest // 2
+    return f"{prompt[:half]} … ({len(prompt.split()):,} words in all) … {prompt[-half:]}"
 
 
 def _tile(metric: Metric, value: float | None) -> str:

@@ -24,7 +24,7 @@ window.bakeoff = (() => {
       font: { ...chart.layout.font, color: '#1f2937' } };
     layout.annotations = (layout.annotations || []).map(note => ({ ...note, font: { ...note.font, color: '#374151' } }));
     const picture = { data: chart.data, layout };
-    const size = { width: 1200, height: 540 };
+    const size = { width: 1200, height: chart.layout.height || 540 };
     const url = await Plotly.toImage(picture, { format, ...size, scale: format === 'png' ? 2 : 1 });
     const link = document.createElement('a');
     link.href = url;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,21 @@ from typing import Any
 import gradio as gr
 import plotly
 from fastapi import FastAPI
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from engines.base import Engine
 from engines.local import LocalHost, Status
 from experiments import EXPERIMENTS
+from experiments.library import Library
 from ui.lanes import head_html
+from ui.results import open_runs, results_tab
 from ui.session import Sessions
 from ui.tab import experiment_tab
 
 TITLE = "LLM Inference Bake-Off"
 LOOK_SECONDS = 1.0
+RESULTS = "results"
 
 
 def build_app(host: LocalHost) -> gr.Blocks:
@@ -29,14 +33,13 @@ def build_app(host: LocalHost) -> gr.Blocks:
     page = gr.Blocks(title=TITLE, analytics_enabled=False)
     with page:
         gr.HTML(masthead_html(host), padding=False)
-        if len(EXPERIMENTS) == 1:
-            tabs = [experiment_tab(EXPERIMENTS[0], host, sessions)]
-        else:
-            tabs = []
-            with gr.Tabs():
-                for experiment in EXPERIMENTS:
-                    with gr.Tab(experiment.title):
-                        tabs.append(experiment_tab(experiment, host, sessions))
+        tabs = []
+        with gr.Tabs() as all_tabs:
+            for experiment in EXPERIMENTS:
+                with gr.Tab(experiment.title, id=experiment.name):
+                    tabs.append(experiment_tab(experiment, host, sessions))
+            with gr.Tab("Results", id=RESULTS):
+                results = results_tab(sessions)
         heads = [lane.head for tab in tabs for lane in tab.lanes.values()]
         names = [name for tab in tabs for name in tab.lanes]
         shown = gr.State({})  # name -> what this visitor's lights show, so that nothing is sent twice
@@ -60,19 +63,34 @@ def build_app(host: LocalHost) -> gr.Blocks:
             sessions.stop(request.session_hash or "")
             host.page_closed(request.session_hash or "")
 
-        page.load(opened, None, None, show_progress="hidden", queue=False, api_visibility="private")
+        def linked(request: gr.Request) -> Any:
+            """A link with ?run=ID opens that run."""
+            run = request.query_params.get("run")
+            if not run:
+                return {all_tabs: gr.skip()}
+            return {all_tabs: gr.update(selected=RESULTS)} | open_runs(sessions, results, run)
+
+        quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+        page.load(opened, None, None, **quiet)
+        page.load(linked, None, [all_tabs, *results.outputs], **quiet)
         page.unload(closed)
     return page
 
 
-def add_assets(app: FastAPI) -> None:
-    """Serve the plotting library from our own server, for the export of charts in the browser."""
+def add_assets(app: FastAPI, results: Path) -> None:
+    """Serve the plotting library from our own server, for exporting charts in the browser, and all runs as a zip."""
     library = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
     async def send(request: Any) -> FileResponse:
         return FileResponse(library, media_type="text/javascript", headers={"Cache-Control": "max-age=86400"})
 
-    app.router.routes.insert(0, Route("/assets/plotly.min.js", send))  # before Gradio's own catch-all
+    async def archive(request: Any) -> Response:
+        packed = await asyncio.to_thread(Library(results).archive)
+        named = {"Content-Disposition": 'attachment; filename="bake-off-results.zip"'}
+        return Response(packed, media_type="application/zip", headers=named)
+
+    ours = [Route("/assets/plotly.min.js", send), Route("/results.zip", archive)]
+    app.router.routes[:0] = ours  # before Gradio's own catch-all
 
 
 def masthead_html(host: LocalHost) -> str:

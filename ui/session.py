@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from experiments.library import Library
+from experiments.replay import ReplayedRun
 from experiments.run import BackgroundRun
 
 
@@ -17,7 +19,7 @@ class Turn:
     def __init__(self) -> None:
         self._came = asyncio.Event()
         self.given_up = False
-        self._run: BackgroundRun | None = None
+        self._run: BackgroundRun | ReplayedRun | None = None
 
     async def came(self, patience: float) -> bool:
         try:
@@ -26,7 +28,7 @@ class Turn:
             return False
         return True
 
-    def runs(self, background: BackgroundRun) -> None:
+    def runs(self, background: BackgroundRun | ReplayedRun) -> None:
         self._run = background
         if self.given_up:
             background.stop()
@@ -46,7 +48,8 @@ class Sessions:
 
     def __init__(self, results: Path | None = None) -> None:
         self._files = tempfile.TemporaryDirectory(prefix="bakeoff-", ignore_cleanup_errors=True)
-        self.results = results or self.files  # every result is kept there as JSON
+        self.results = results or self.files / "results"  # every result is kept there as JSON
+        self.library = Library(self.results)
         self._line: list[Turn] = []
         self._turns: dict[str, Turn] = {}
 
@@ -70,6 +73,18 @@ class Sessions:
                 del self._turns[session]
             if self._line:
                 self._line[0].call()
+
+    @contextmanager
+    def watching(self, session: str, replay: ReplayedRun) -> Iterator[None]:
+        """While a visitor watches a recording: it takes no place in the line, and Stop ends it."""
+        turn = Turn()
+        turn.runs(replay)
+        self._turns[session] = turn
+        try:
+            yield
+        finally:
+            if self._turns.get(session) is turn:
+                del self._turns[session]
 
     def stop(self, session: str) -> None:
         """Stop the visitor's run, or leave the line."""

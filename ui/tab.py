@@ -1,4 +1,7 @@
-"""The tab of one experiment: its controls, three lanes, progress, and the finished result with its downloads."""
+"""The tab of one experiment: its controls, one lane per engine, progress, and the finished result with its downloads.
+
+Controls and charts follow from the experiment's own tables of settings and charts; nothing here knows one experiment.
+"""
 
 from __future__ import annotations
 
@@ -12,104 +15,99 @@ from typing import Any
 import gradio as gr
 
 from engines.local import LocalHost
-from experiments.base import DEFAULT_PROMPT, Experiment, Host, Plan, PlanError, RequestEnded, RequestStarted
-from experiments.report import csv_bytes, figure, figure_html, headline, notes, table
-from experiments.result import ExperimentResult
+from experiments.base import Experiment, Host, Plan, PlanError, Setting, TrialStarted, engine_of
+from experiments.replay import ReplayedRun
+from experiments.report import SPREAD, csv_bytes, figures, figures_html, headline, notes, table
+from experiments.result import ExperimentResult, ResultError
 from experiments.run import BackgroundRun
+from experiments.sameness import Sameness, same_answers
 from ui.lanes import Lane, LaneView, build_lane
 from ui.session import Sessions
 
 FRAME_SECONDS = 0.1  # a browser redraws a growing text smoothly at ten frames a second
-LENGTHS = ("Exactly this many tokens, on every engine", "Until the model ends its answer by itself")
+LONGEST_SLIDER = 2048  # steps; a wider range is typed
 
 
 @dataclass(frozen=True, slots=True)
-class Tab:
-    """The components of one experiment's tab, by name."""
+class Picture:
+    """One chart of the tab with its two downloads."""
 
-    prompt: gr.Textbox
-    run: gr.Button
-    stop: gr.Button
-    engines: gr.CheckboxGroup
-    repeats: gr.Slider
-    warmups: gr.Slider
-    tokens: gr.Slider
-    length: gr.Radio
-    race: gr.Checkbox
-    progress: gr.HTML
-    lanes: dict[str, Lane]
+    box: gr.Column
+    plot: gr.Plot
+
+
+@dataclass(frozen=True, slots=True)
+class ResultView:
+    """The components that show a finished result."""
+
     headline: gr.HTML
-    chart: gr.Plot
+    pictures: dict[str, Picture]
     table: gr.HTML
     run_id: gr.Textbox
-    png: gr.Button
-    svg: gr.Button
     html: gr.DownloadButton
     json: gr.DownloadButton
     csv: gr.DownloadButton
 
     @property
+    def outputs(self) -> list[Any]:
+        pictures = [part for picture in self.pictures.values() for part in (picture.box, picture.plot)]
+        return [self.headline, *pictures, self.table, self.run_id, self.html, self.json, self.csv]
+
+
+@dataclass(frozen=True, slots=True)
+class Tab:
+    """The components of one experiment's tab, by name; `controls` by their setting's name."""
+
+    run: gr.Button
+    stop: gr.Button
+    engines: gr.CheckboxGroup
+    controls: dict[str, Any]
+    recorded: gr.Dropdown
+    replay: gr.Button
+    progress: gr.HTML
+    lanes: dict[str, Lane]
+    result: ResultView
+
+    @property
     def inputs(self) -> list[Any]:
-        """In the order of `read_plan`'s arguments."""
-        return [
-            self.prompt, self.engines, self.repeats, self.warmups, self.tokens, self.length, self.race
-        ]  # fmt: skip
+        return [self.engines, *self.controls.values()]
 
     @property
     def outputs(self) -> list[Any]:
         lanes = [part for lane in self.lanes.values() for part in (lane.chat, lane.tiles)]
-        files = [self.png, self.svg, self.html, self.json, self.csv]
-        buttons = [self.run, self.stop]
-        return [*buttons, self.progress, *lanes, self.headline, self.chart, self.table, self.run_id, *files]
+        return [self.run, self.stop, self.replay, self.progress, *lanes, *self.result.outputs]
 
 
 def experiment_tab(experiment: Experiment, host: LocalHost, sessions: Sessions) -> Tab:
     """Build the tab and wire it. `host` runs the engines and knows their statuses."""
+    name = experiment.name
     gr.HTML(
         f"<p class='mechanism'><b>{escape(experiment.question)}</b> {escape(experiment.mechanism)}</p>", padding=False
     )
+    first, *others = experiment.settings  # the first is the question
     with gr.Row(equal_height=True):
-        prompt = gr.Textbox(
-            DEFAULT_PROMPT, label="Your question", lines=2, max_lines=6, scale=5, elem_id=f"{experiment.name}-prompt"
-        )
+        with gr.Column(scale=5):
+            controls = {first.name: build_control(first, name)}
         with gr.Column(scale=1, min_width=160):
-            run = gr.Button("Run", variant="primary", elem_id=f"{experiment.name}-run")
-            stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{experiment.name}-stop")
-    with gr.Accordion("Settings", open=False, elem_id=f"{experiment.name}-settings"):
+            run = gr.Button("Run", variant="primary", elem_id=f"{name}-run")
+            stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{name}-stop")
+    with gr.Accordion("Settings", open=False, elem_id=f"{name}-settings"):
         choices = [(engine.label, engine.name) for engine in host.engines]
-        engines = gr.CheckboxGroup(choices, value=[name for _, name in choices], label="Engines")
-        with gr.Row():
-            repeats = gr.Slider(
-                1, 20, 3, step=1, label="Repeats", info="Measured runs per engine; more narrow the spread."
-            )
-            warmups = gr.Slider(0, 5, 2, step=1, label="Warm-ups", info="Runs before them that do not count.")
-            tokens = gr.Slider(8, 1024, 128, step=8, label="Answer length", info="In tokens.")
-        with gr.Row():
-            length = gr.Radio(LENGTHS, value=LENGTHS[0], label="When does an answer end?")
-            race = gr.Checkbox(
-                False,
-                label="Race: all engines at once",
-                info="Fun to watch, but they share this machine and slow each other. By default they take turns.",
-            )
-    progress = gr.HTML("", padding=False, elem_classes="progress", elem_id=f"{experiment.name}-progress")
+        engines = gr.CheckboxGroup(choices, value=[engine for _, engine in choices], label="Engines")
+        for begin in range(0, len(others), 3):
+            with gr.Row():
+                for setting in others[begin : begin + 3]:
+                    controls[setting.name] = build_control(setting, name)
+    with gr.Row(equal_height=True):
+        recorded = gr.Dropdown(
+            _choices(sessions, name), label="A run made earlier", scale=5, elem_id=f"{name}-recorded"
+        )
+        replay = gr.Button("Replay", scale=1, min_width=160, elem_id=f"{name}-replay")
+    progress = gr.HTML("", padding=False, elem_classes="progress", elem_id=f"{name}-progress")
     with gr.Row():
-        lanes = {engine.name: build_lane(engine, host.status(engine.name)) for engine in host.engines}
-    with gr.Column(elem_id=f"{experiment.name}-result"):
-        sentence = gr.HTML("", padding=False, elem_id=f"{experiment.name}-headline")
-        chart = gr.Plot(show_label=False, visible=False, elem_id=f"{experiment.name}-chart")
-        results = gr.HTML("", padding=False, elem_id=f"{experiment.name}-table")
-        run_id = gr.Textbox("", visible="hidden", elem_id=f"{experiment.name}-run-id", label="Run", show_label=False)
-        with gr.Row():
-            off: dict[str, Any] = {"size": "sm", "interactive": False, "min_width": 120}
-            png = gr.Button("Chart as PNG", **off, elem_id=f"{experiment.name}-png")
-            svg = gr.Button("Chart as SVG", **off, elem_id=f"{experiment.name}-svg")
-            html = gr.DownloadButton("Chart as HTML", **off, elem_id=f"{experiment.name}-html")
-            json = gr.DownloadButton("Everything as JSON", **off, elem_id=f"{experiment.name}-json")
-            csv = gr.DownloadButton("Requests as CSV", **off, elem_id=f"{experiment.name}-csv")
-    tab = Tab(
-        prompt, run, stop, engines, repeats, warmups, tokens, length, race, progress, lanes,
-        sentence, chart, results, run_id, png, svg, html, json, csv,
-    )  # fmt: skip
+        lanes = {engine.name: build_lane(engine, host.status(engine.name), name) for engine in host.engines}
+    view = build_result(experiment, name)
+    tab = Tab(run, stop, engines, controls, recorded, replay, progress, lanes, view)
     handler = partial(run_in_tab, experiment, host, sessions, tab)
 
     async def on_run(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
@@ -121,7 +119,7 @@ def experiment_tab(experiment: Experiment, host: LocalHost, sessions: Sessions) 
         return gr.update(interactive=False)
 
     gr.on(
-        [run.click, prompt.submit],
+        [run.click, controls[first.name].submit],
         on_run,
         tab.inputs,
         tab.outputs,
@@ -130,38 +128,100 @@ def experiment_tab(experiment: Experiment, host: LocalHost, sessions: Sessions) 
         trigger_mode="once",
         api_visibility="private",
     )
+
+    async def on_replay(request: gr.Request, chosen: str | None) -> AsyncIterator[dict[Any, Any]]:
+        async for frame in replay_in_tab(sessions, tab, chosen, request.session_hash or ""):
+            yield frame
+
+    replay.click(
+        on_replay,
+        recorded,
+        tab.outputs,
+        show_progress="hidden",
+        concurrency_limit=None,
+        trigger_mode="once",
+        api_visibility="private",
+    )
+    recorded.focus(
+        lambda: gr.update(choices=_choices(sessions, name)),
+        None,
+        recorded,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
     stop.click(on_stop, None, stop, queue=False, show_progress="hidden", api_visibility="private")
-    for button, form in ((png, "png"), (svg, "svg")):
-        script = f"(name) => window.bakeoff.exportChart('{experiment.name}-chart', '{form}', name)"
-        button.click(None, run_id, None, js=script, api_visibility="private")
     return tab
 
 
-def read_plan(
-    prompt: str, engines: list[str], repeats: int, warmups: int, tokens: int, length: str, race: bool
-) -> Plan:
-    """The controls' values as a plan; raises PlanError."""
-    return Plan(
-        prompt=prompt or "",
-        engines=tuple(engines),
-        repeats=repeats,
-        warmups=warmups,
-        max_tokens=tokens,
-        fixed_length=length == LENGTHS[0],
-        race=race,
-    )
+def build_control(setting: Setting, tab: str) -> Any:
+    """The component that sets one field of the plan."""
+    common: dict[str, Any] = {"label": setting.label, "elem_id": f"{tab}-{setting.name.replace('_', '-')}"}
+    common |= {"info": setting.info} if setting.info else {}
+    match setting.kind:
+        case "switch":
+            return gr.Checkbox(setting.default, **common)
+        case "choice":
+            words = next(words for words, value in setting.choices.items() if value == setting.default)
+            return gr.Radio(list(setting.choices), value=words, **common)
+        case "whole" | "number" if (setting.high - setting.low) / setting.step <= LONGEST_SLIDER:
+            return gr.Slider(setting.low, setting.high, setting.default, step=setting.step, **common)
+        case "whole" | "number":
+            return gr.Number(setting.default, precision=0 if setting.kind == "whole" else None, **common)
+        case "wholes":
+            typed = setting.default if isinstance(setting.default, str) else ", ".join(map(str, setting.default))
+            return gr.Textbox(typed, max_lines=1, **common)
+    lines = setting.default.count("\n") + 1
+    return gr.Textbox(setting.default, lines=max(2, lines), max_lines=8, **common)
+
+
+def build_result(experiment: Experiment, place: str) -> ResultView:
+    """Sentence, charts, table and downloads of a result; `place` makes the elements' ids its own."""
+    off: dict[str, Any] = {"size": "sm", "interactive": False, "min_width": 120}
+    with gr.Column(elem_id=f"{place}-result"):
+        sentence = gr.HTML("", padding=False, elem_id=f"{place}-headline")
+        run_id = gr.Textbox("", visible="hidden", elem_id=f"{place}-run-id", label="Run", show_label=False)
+        pictures = {}
+        for chart in experiment.charts:
+            with gr.Column(visible=False) as box:
+                plot = gr.Plot(show_label=False, elem_id=f"{place}-{chart.name}-chart")
+                with gr.Row():
+                    for form in ("png", "svg"):
+                        button = gr.Button(
+                            f"{chart.title} as {form.upper()}",
+                            size="sm",
+                            min_width=120,
+                            elem_id=f"{place}-{chart.name}-{form}",
+                        )
+                        called = f"'{place}-{chart.name}-chart', '{form}', name && name + '-{chart.name}'"
+                        script = f"(name) => window.bakeoff.exportChart({called})"
+                        button.click(None, run_id, None, js=script, api_visibility="private")
+            pictures[chart.name] = Picture(box, plot)
+        results = gr.HTML("", padding=False, elem_id=f"{place}-table")
+        with gr.Row():
+            html = gr.DownloadButton("Charts as HTML", **off, elem_id=f"{place}-html")
+            json = gr.DownloadButton("Everything as JSON", **off, elem_id=f"{place}-json")
+            csv = gr.DownloadButton("Requests as CSV", **off, elem_id=f"{place}-csv")
+    return ResultView(sentence, pictures, results, run_id, html, json, csv)
+
+
+def read_plan(experiment: Experiment, engines: list[str], values: tuple[Any, ...]) -> Plan:
+    """The controls' values, in the order of the settings, as a plan; raises PlanError."""
+    typed = {setting.name: value for setting, value in zip(experiment.settings, values, strict=True)}
+    return experiment.read_plan(tuple(engines), typed)
 
 
 async def run_in_tab(
-    experiment: Experiment, host: Host, sessions: Sessions, tab: Tab, *values: Any, session: str
+    experiment: Experiment, host: Host, sessions: Sessions, tab: Tab, engines: list[str], *values: Any, session: str
 ) -> AsyncIterator[dict[Any, Any]]:
     """Run what the controls say, and yield what the tab has to show, at most one frame per interval."""
     try:
-        plan = read_plan(*values)
+        plan = read_plan(experiment, engines, values)
+        experiment.contenders(plan, host)  # what this model or host cannot do is said before anybody waits
     except PlanError as error:
         yield {tab.progress: problem_html(error.message)}
         return
-    busy = {tab.run: gr.update(interactive=False), tab.stop: gr.update(interactive=True)}
+    busy = _busy(tab)
     async with sessions.turn(session) as turn:
         while not await turn.came(FRAME_SECONDS * 5):
             yield {
@@ -169,41 +229,81 @@ async def run_in_tab(
                 tab.progress: progress_html("Another run is using this machine; yours is next in line.", None),
             }
         if turn.given_up:
-            yield {tab.run: gr.update(interactive=True), tab.stop: gr.update(interactive=False), tab.progress: ""}
+            yield _idle(tab) | {tab.progress: ""}
             return
-        views = {name: LaneView(name) for name in tab.lanes}
-        yield {
-            **busy,
-            tab.progress: progress_html("Waiting until the engines are ready", 0.0),
-            **{lane.chat: [] for lane in tab.lanes.values()},
-            **{lane.tiles: views[name].tiles_html() for name, lane in tab.lanes.items()},
-        }
         background = BackgroundRun(experiment, plan, host)
         turn.runs(background)
-        total = len(plan.engines) * (plan.warmups + plan.repeats)
-        done = 0
-        try:
-            async for events in background.new_events(FRAME_SECONDS):
-                frame: dict[Any, Any] = {}
-                for event in events:
-                    for view in views.values():
-                        view.take(event)
-                    done += isinstance(event, RequestEnded)
-                    if isinstance(event, RequestStarted):
-                        kind = "warm-up" if event.warmup else "repeat"
-                        label = tab.lanes[event.engine].engine.label
-                        words = f"{label}: {kind} {event.repeat} of {event.of}"
-                        words = f"All engines at once: {kind} {event.repeat} of {event.of}" if plan.race else words
-                        frame[tab.progress] = progress_html(words, done / total)
-                frame |= _changed_lanes(tab, views, plan.prompt)
-                if frame:  # Gradio takes no empty one
-                    yield frame
-        finally:
-            background.stop()  # the visitor left: what runs for nobody must not go on
-        for view in views.values():
-            view.close()
-        finished = await asyncio.to_thread(_finished, tab, background, sessions)  # files and figure take a moment
-        yield finished | _changed_lanes(tab, views, plan.prompt)
+        async for frame in _shown(tab, background, plan.prompt, "All engines at once" if plan.race else ""):
+            yield frame
+        yield await asyncio.to_thread(_finished, tab, background, sessions)  # files and figures take a moment
+
+
+async def replay_in_tab(
+    sessions: Sessions, tab: Tab, chosen: str | None, session: str
+) -> AsyncIterator[dict[Any, Any]]:
+    """Play a run made earlier in the lanes, labelled with where and when it was measured."""
+    try:
+        if not chosen:
+            raise ResultError("Choose a run to replay first.")
+        result = await asyncio.to_thread(sessions.library.load, chosen)
+    except ResultError as error:
+        yield {tab.progress: problem_html(str(error))}
+        return
+    run = ReplayedRun(result)
+    with sessions.watching(session, run):
+        async for frame in _shown(tab, run, "", f"Recorded, not live: {result.source_line}"):
+            yield frame
+        ended = _idle(tab) | {tab.progress: progress_html(f"This was a recording: {result.source_line}", None)}
+        yield ended | await asyncio.to_thread(show_result, tab.result, result, sessions)
+
+
+async def _shown(tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label: str) -> AsyncIterator[dict[Any, Any]]:
+    """What happens in the lanes, frame by frame, until the run is over. `label` stands for the engine's name."""
+    views = {name: LaneView(name) for name in tab.lanes}
+    waiting = "Waiting until the engines are ready" if isinstance(run, BackgroundRun) else label
+    yield {
+        **_busy(tab),
+        tab.progress: progress_html(waiting, 0.0),
+        **{lane.chat: [] for lane in tab.lanes.values()},
+        **{lane.tiles: views[name].tiles_html() for name, lane in tab.lanes.items()},
+    }
+    try:
+        async for events in run.new_events(FRAME_SECONDS):
+            frame: dict[Any, Any] = {}
+            for event in events:
+                for view in views.values():
+                    view.take(event)
+                if isinstance(event, TrialStarted):
+                    words = f"{label or _title(event, views, tab)}: {event.trial.words}"
+                    frame[tab.progress] = progress_html(words, event.done / event.of)
+            frame |= _changed_lanes(tab, views, prompt)
+            if frame:  # Gradio takes no empty one
+                yield frame
+    finally:
+        run.stop()  # the visitor left: what runs for nobody must not go on
+    for view in views.values():
+        view.close()
+    yield _changed_lanes(tab, views, prompt)
+
+
+def _choices(sessions: Sessions, experiment: str) -> list[tuple[str, str]]:
+    return [(entry.words, entry.id) for entry in sessions.library.entries(experiment)]
+
+
+def _busy(tab: Tab) -> dict[Any, Any]:
+    off = gr.update(interactive=False)
+    return {tab.run: off, tab.replay: off, tab.stop: gr.update(interactive=True)}
+
+
+def _idle(tab: Tab) -> dict[Any, Any]:
+    on = gr.update(interactive=True)
+    return {tab.run: on, tab.replay: on, tab.stop: gr.update(interactive=False)}
+
+
+def _title(event: TrialStarted, views: dict[str, LaneView], tab: Tab) -> str:
+    engine = engine_of(event.engine)
+    row = views[engine].rows.get(event.engine) if engine in views else None
+    return row.title if row else tab.lanes[engine].engine.label if engine in tab.lanes else engine
 
 
 def _changed_lanes(tab: Tab, views: dict[str, LaneView], prompt: str) -> dict[Any, Any]:
@@ -217,7 +317,7 @@ def _changed_lanes(tab: Tab, views: dict[str, LaneView], prompt: str) -> dict[An
 
 
 def _finished(tab: Tab, background: BackgroundRun, sessions: Sessions) -> dict[Any, Any]:
-    frame: dict[Any, Any] = {tab.run: gr.update(interactive=True), tab.stop: gr.update(interactive=False)}
+    frame = _idle(tab)
     result = background.result
     if result is None:
         reason = f"{type(background.failure).__name__}: {background.failure}" if background.failure else "no result"
@@ -225,48 +325,63 @@ def _finished(tab: Tab, background: BackgroundRun, sessions: Sessions) -> dict[A
     if not any(result.measured(engine.name) for engine in result.engines):
         words = "Stopped before anything was measured." if result.stopped_early else "Nothing could be measured."
         return frame | {tab.progress: problem_html(words)}
-    return frame | {tab.progress: ""} | show_result(tab, result, sessions)
+    result.save(sessions.results)
+    return frame | {tab.progress: ""} | show_result(tab.result, result, sessions)
 
 
-def show_result(tab: Tab, result: ExperimentResult, sessions: Sessions) -> dict[Any, Any]:
-    """The finished result: sentence, chart, table, files."""
-    json_file = result.save(sessions.results)
+def show_result(view: ResultView, result: ExperimentResult, sessions: Sessions) -> dict[Any, Any]:
+    """A result's sentence, charts, table and files."""
+    json_file = result.save(sessions.files)
     csv_file, html_file = sessions.files / f"{result.id}.csv", sessions.files / f"{result.id}.html"
     csv_file.write_bytes(csv_bytes(result))
-    html_file.write_bytes(figure_html(result))
+    html_file.write_bytes(figures_html(result))
+    drawn = figures(result)
+    shown: dict[Any, Any] = {}
+    for name, picture in view.pictures.items():
+        shown[picture.box] = gr.update(visible=name in drawn)
+        shown[picture.plot] = drawn.get(name)
     on = partial(gr.update, interactive=True)
-    return {
-        tab.headline: f"<p class='headline' role='status'>{escape(headline(result))}</p>",
-        tab.chart: gr.update(value=figure(result), visible=True),
-        tab.table: table_html(result),
-        tab.run_id: result.id,
-        tab.png: on(),
-        tab.svg: on(),
-        tab.html: on(value=str(html_file)),
-        tab.json: on(value=str(json_file)),
-        tab.csv: on(value=str(csv_file)),
+    return shown | {
+        view.headline: f"<p class='headline' role='status'>{escape(headline(result))}</p>",
+        view.table: table_html(result),
+        view.run_id: result.id,
+        view.html: on(value=str(html_file)),
+        view.json: on(value=str(json_file)),
+        view.csv: on(value=str(csv_file)),
     }
 
 
 def table_html(result: ExperimentResult) -> str:
-    headings, rows = table(result)
-    head = "".join(f"<th scope='col'>{escape(word)}</th>" for word in headings)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in row)}</tr>" for row in rows)
-    said = [
-        result.source_line,
-        "Values are means over repeats; ± is half of the 95 % confidence interval (Student's t).",
-        *notes(result),
-    ]
-    listed = "".join(f"<li>{escape(line)}</li>" for line in said)
+    told = table(result)
+    head = "".join(f"<th scope='col'>{escape(word)}</th>" for word in told.headings)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in row)}</tr>" for row in told.rows)
+    listed = "".join(f"<li>{escape(line)}</li>" for line in [result.source_line, SPREAD, *notes(result)])
     commands = "".join(
-        f"<p><b>{escape(engine.label)}</b></p><pre>{escape(engine.command)}</pre>"
+        f"<p><b>{escape(engine.title)}</b></p><pre>{escape(engine.command)}</pre>"
         for engine in result.engines
         if engine.command
     )
     return (
         f"<div class='table-scroll'><table class='results'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"</div><ul class='notes'>{listed}</ul><details class='commands'><summary>The commands that served these "
-        f"engines</summary>{commands}</details>"
+        f"</div><ul class='notes'>{listed}</ul>{same_answers_html(same_answers(result))}<details class='commands'>"
+        f"<summary>The commands that served these engines</summary>{commands}</details>"
+    )
+
+
+def same_answers_html(compared: list[Sameness]) -> str:
+    """Whether the engines wrote the same, and the text from where they do not, highlighted."""
+    if not compared:
+        return ""
+    whole = sum(one.agreement.whole for one in compared)
+    lines = "".join(
+        f"<li>{escape(one.words)}"
+        + ("" if one.agreement.whole else f"<p>… {escape(one.shared[-120:])}<mark>{escape(one.rest)}</mark></p>")
+        + "</li>"
+        for one in compared
+    )
+    return (
+        f"<details class='same'><summary>Same answer? {whole} of {len(compared)} comparisons agree to the end"
+        f"</summary><ul>{lines}</ul></details>"
     )
 
 

@@ -40,27 +40,29 @@ def set_number(page: Page, label: str, value: str) -> None:
 
 def answer(page: Page, lane: str) -> str:
     """The engine's last message in its chatbot."""
-    bubbles = page.locator(f"#chat-{lane} .message.bot")
+    bubbles = page.locator(f"#baseline-chat-{lane} .message.bot")
     return bubbles.last.inner_text() if bubbles.count() else ""
 
 
-def test_the_page_says_where_the_engines_run_and_that_random_words_mean_nothing(
+def test_the_page_says_where_the_engines_run_and_what_the_model_knows(
     scripted_app: RunningApp, open_page: OpenPage
 ) -> None:
     page = open_page(scripted_app.url())
 
     head = page.locator(".masthead")
     expect(head).to_contain_text("this machine")
-    expect(head).to_contain_text("random-qwen3-3M")
+    expect(head).to_contain_text("inference-explainer-15M")
     expect(head).to_contain_text("cores")
-    expect(head).to_contain_text("the words mean nothing")
+    expect(head).to_contain_text("knows nothing else")
 
 
 def test_nothing_can_be_downloaded_before_there_is_a_result(scripted_app: RunningApp, open_page: OpenPage) -> None:
     page = open_page(scripted_app.url())
 
-    for form in ("png", "svg", "html", "json", "csv"):
+    for form in ("html", "json", "csv"):
         expect(page.locator(f"#baseline-{form}")).to_be_disabled()
+    for form in ("png", "svg"):
+        expect(page.locator(f"#baseline-speed-{form}")).to_be_hidden()
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_disabled()
 
 
@@ -72,31 +74,32 @@ def test_a_run_streams_three_answers_and_every_download_parses(
     run(page)
 
     for lane in LANES:  # text is there while the lane's whole answer is not yet
-        page.wait_for_function(f"document.querySelector('#chat-{lane} .message.bot')?.innerText.length > 10")
-        assert len(answer(page, lane).split()) < 128
-        expect(page.locator(f"#tiles-{lane} .tiles-note")).to_contain_text("of")
+        page.wait_for_function(f"document.querySelector('#baseline-chat-{lane} .message.bot')?.innerText.length > 10")
+        assert len(answer(page, lane).split()) < 256
+        expect(page.locator(f"#baseline-tiles-{lane} .tiles-note")).to_contain_text("of")
     expect(page.locator(".headline")).to_contain_text("tok/s", timeout=60_000)
     expect(page.get_by_role("button", name="Run", exact=True)).to_be_enabled()
     for lane in LANES:
-        assert len(answer(page, lane).split()) == 128
-        for tile in page.locator(f"#tiles-{lane} .tile .value").all_inner_texts():
+        assert len(answer(page, lane).split()) == 256
+        for tile in page.locator(f"#baseline-tiles-{lane} .tile .value").all_inner_texts():
             assert re.fullmatch(r"[\d.,]+", tile.strip()), tile
-    expect(page.locator("#baseline-chart .js-plotly-plot")).to_be_visible()
+    expect(page.locator("#baseline-speed-chart .js-plotly-plot")).to_be_visible()
     picture(page, "scripted-run")
-    check_downloads(page, tmp_path, engines=3, tokens=128, requests=15)
+    check_downloads(page, tmp_path, engines=3, requests=15)
 
 
-def check_downloads(page: Page, folder: Path, engines: int, tokens: int, requests: int) -> None:
-    files = {form: download(page, form, folder) for form in ("png", "svg", "html", "json", "csv")}
+def check_downloads(page: Page, folder: Path, engines: int, requests: int) -> None:
+    files = {form: download(page, f"speed-{form}", folder) for form in ("png", "svg")}
+    files |= {form: download(page, form, folder) for form in ("html", "json", "csv")}
     result = ExperimentResult.from_json(files["json"].read_text())
-    assert {path.stem for path in files.values()} == {result.id}
+    assert {path.stem for path in files.values()} == {result.id, f"{result.id}-speed"}
     assert len(result.engines) == engines
     assert len(result.requests) == requests
-    assert all(sum(arrival.tokens or 0 for arrival in row.timeline.arrivals) == tokens for row in result.requests)
     assert all(engine.command and engine.version for engine in result.engines)
     assert json.loads(files["json"].read_text())["hardware"]["cores"]
     rows = list(csv.DictReader(files["csv"].open()))
-    assert [row["output_tokens"] for row in rows] == [str(tokens)] * requests
+    assert [row["output_tokens"] for row in rows] == [str(row.metrics.output_tokens) for row in result.requests]
+    assert all(row.metrics.output_tokens and row.timeline.finish_reason for row in result.requests)
     image = files["png"].read_bytes()
     assert image[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", image[16:24])[0] == 2400  # 1,200 points, twice as many pixels
@@ -114,7 +117,7 @@ def download(page: Page, form: str, folder: Path) -> Path:
         page.locator(f"#baseline-{form}").click()
     path = folder / waiting.value.suggested_filename
     waiting.value.save_as(path)
-    assert path.suffix == f".{form}"
+    assert path.suffix == f".{form.rpartition('-')[2]}"
     return path
 
 
@@ -123,7 +126,7 @@ def test_stop_ends_the_run_and_keeps_what_was_measured(scripted_app: RunningApp,
     page.locator("#baseline-settings").get_by_role("button", name="Settings").click()
     set_number(page, "Repeats", "20")
     run(page)
-    expect(page.locator("#tiles-quick .tiles-note")).to_contain_text("Repeat 3 of 20", timeout=60_000)
+    expect(page.locator("#baseline-tiles-quick .tiles-note")).to_contain_text("Repeat 3 of 20", timeout=60_000)
 
     page.get_by_role("button", name="Stop", exact=True).click()
 
@@ -166,7 +169,7 @@ def test_the_page_fits_its_window_in_light_and_dark(
     picture(page, f"empty-{colours}-{width}")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for lane in LANES:
-        box = page.locator(f"#lane-{lane}").bounding_box()
+        box = page.locator(f"#baseline-lane-{lane}").bounding_box()
         assert box and box["x"] >= 0 and box["x"] + box["width"] <= width
     text, ground = (
         page.evaluate(f"getComputedStyle(document.querySelector('{where}')).{what}")

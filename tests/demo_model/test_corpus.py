@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from demo_model.corpus import CorpusError, Entry, read_corpus, varied, with_prefix
+from demo_model.corpus import CorpusError, Entry, asked, read_corpus, varied, with_prefix
 
 ENTRIES = read_corpus()
-KNOWLEDGE = [entry for entry in ENTRIES if "/refusal-" not in entry.name]
+KNOWLEDGE = [entry for entry in ENTRIES if not entry.refuses]
 
 
 def test_the_corpus_answers_at_least_250_questions_in_several_phrasings_each() -> None:
@@ -46,7 +46,7 @@ def test_the_prompts_of_the_experiments_are_among_the_questions(prompt: str) -> 
 
 
 def test_questions_off_the_subject_are_many_and_lead_to_a_refusal() -> None:
-    refusals = [entry for entry in ENTRIES if "/refusal-" in entry.name]
+    refusals = [entry for entry in ENTRIES if entry.refuses]
     assert sum(len(entry.questions) for entry in refusals) >= 700
     assert all(re.search("inference|served|serving|models are run", entry.answer) for entry in refusals)
 
@@ -59,6 +59,24 @@ def test_a_question_is_varied_the_same_way_from_the_same_seed() -> None:
     assert drawn(1) == drawn(1)
     assert len(set(drawn(1))) > 10
     assert all("ache" in question.lower() or "kv" in question.lower() for question in drawn(1))
+
+
+def test_an_entry_is_asked_for_in_its_phrasings_their_words_or_words_of_its_answer() -> None:
+    entry = Entry("one/a", ("What is a KV cache?", "Why keep keys and values?"), "It keeps what attention needs again.")
+    chance = random.Random(1)
+    drawn = [asked(entry, chance) for _ in range(400)]
+    assert len(set(drawn)) > 150
+    assert all(drawn)
+    asked_for = " ".join(drawn).lower()
+    assert "what is a kv cache" in asked_for and "attention needs again" in asked_for
+    assert any("kv" in question.lower() and "values" in question.lower() for question in drawn), "two phrasings mixed"
+
+
+def test_a_refusal_is_never_asked_for_in_words_of_its_answer() -> None:
+    entry = Entry("07/refusal-1", ("Who won the cup?", "Bake me a cake."), "Ask me about batching instead.")
+    chance = random.Random(1)
+    assert entry.refuses
+    assert not any("batching" in asked(entry, chance).lower() for _ in range(400))
 
 
 def test_the_shared_prefix_stands_in_front_as_often_as_asked() -> None:

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from engines import ENGINES, engine_named, openai_stream
-from engines.base import Chunk, EngineError, Request, Usage
+from engines.base import Chunk, EngineError, Request, SpeculationCounters, Usage
 from engines.openai_stream import ChatClient, ChatStreamParser, Endpoint, parse_chunk
 from engines.server import free_port
 
@@ -54,6 +54,15 @@ def test_a_line_without_its_end_waits_for_it() -> None:
     parser = ChatStreamParser()
     assert parser.feed(b"data: " + event({"content": "x"})) == []
     assert parser.feed(b"\n") == [Chunk("x")]
+
+
+def test_sglangs_count_of_its_speculation_comes_with_the_usage() -> None:
+    # 10 steps of 3 drafts: in 2 none was accepted, in 3 one, in 1 two, in 4 all three; 3 + 2 + 12 = 17.
+    details = {"spec_verify_ct": 10, "spec_num_proposed_drafts": 30, "spec_num_correct_drafts": 17}
+    details["spec_correct_drafts_histogram"] = [2, 3, 1, 4]  # type: ignore[assignment]
+    chunk = parse_chunk(json.dumps({"choices": [], "sglext": {"spec_tokens_details": details}}).encode())
+    assert chunk.usage == Usage(speculation=SpeculationCounters(10, 30, 17, (8, 5, 4)))
+    assert parse_chunk(b'{"choices": [], "sglext": {"routed_experts": null}}').usage is None
 
 
 def test_the_role_and_an_empty_text_are_no_output() -> None:

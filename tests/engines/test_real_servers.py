@@ -16,7 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from demo_model.bundled import draft_model
+from demo_model.corpus import with_prefix
+from demo_model.evaluate import answers, held_back_questions
 from engines import ENGINES, engine_named
+from engines.agreement import agreement
 from engines.base import EngineConfig, EngineError, Request
 from engines.environments import Environment, cache_folder
 from engines.hardware import this_machine
@@ -27,6 +31,9 @@ from experiments.base import Plan
 from experiments.baseline import EXPERIMENT
 from experiments.metrics import RequestMetrics
 from experiments.run import run
+from experiments.sameness import same_answers
+from experiments.speculation import EXPERIMENT as SPECULATION
+from experiments.speculation import SpeculationPlan
 from tests.conftest import mounted_disk, wait_until
 from tests.running_app import alive
 
@@ -46,7 +53,7 @@ def cpu() -> None:
 
 @pytest.fixture(scope="module")
 def host(cpu: None, model: str) -> Iterator[LocalHost]:
-    host = LocalHost(ENGINES, model)
+    host = LocalHost(ENGINES, model, draft_model=str(draft_model(model)))
     host.open()
     yield host
     host.close()
@@ -101,6 +108,33 @@ def test_every_engine_reports_the_same_prompt_length_and_says_what_it_runs(host:
         phases = [phase.name for phase in serving.phases]
         assert phases[0] == "importing" and "loading weights" in phases
         assert all(phase.seconds >= 0 for phase in serving.phases)
+
+
+def test_held_back_questions_get_the_same_beginning_from_every_engine(host: LocalHost) -> None:
+    questions = held_back_questions()
+    given = {}
+    for name in NAMES:
+        endpoint = host.ready(name).endpoint
+        given[name] = asyncio.run(answers(endpoint, questions, longest=40))
+    first, *others = NAMES
+    for name in others:
+        compared = [agreement(mine, theirs) for mine, theirs in zip(given[first], given[name], strict=True)]
+        same = sum(bool(one and (one.whole or one.tokens >= 32)) for one in compared)
+        assert same > len(questions) / 2, f"{name} agrees with {first} on 32 tokens of {same} answers only"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_ends_by_itself_and_two_thousand_words_in_front_do_not_keep_it_from_coming(
+    host: LocalHost, name: str
+) -> None:
+    endpoint = host.ready(name).endpoint
+    question = "Provide a brief overview of LLM inference optimization. Make no mistakes."
+    plain, behind = asyncio.run(answers(endpoint, [question, with_prefix(question, 2000)]))
+    for timeline in (plain, behind):
+        assert timeline.finish_reason == "stop" and timeline.error is None
+        assert timeline.text.startswith("LLM inference optimization begins with two phases")
+        assert timeline.text.rstrip().endswith(".")
+    assert (behind.usage.prompt_tokens or 0) > 2000
 
 
 def test_with_the_prefix_cache_off_a_repeated_prompt_takes_nothing_from_it(serving: Serving) -> None:
@@ -215,10 +249,31 @@ def test_a_disk_that_fills_up_while_installing_is_said_and_nothing_is_left(
     assert cache_folder() != small_disk
 
 
+def test_with_its_draft_model_vllm_guesses_well_and_sglang_says_why_it_cannot(host: LocalHost) -> None:
+    plan = SpeculationPlan(
+        "How does speculative decoding make a model answer faster?",
+        ("vllm", "sglang"),
+        repeats=1,
+        warmups=1,
+        draft_tokens=(3,),
+    )
+
+    result = asyncio.run(run(SPECULATION, plan, host, lambda event: None))
+
+    counted = result.speculation("vllm+draft_model-3")
+    assert counted and counted.acceptance_length and 2 < counted.acceptance_length <= 4
+    assert counted.drafted == 3 * counted.steps and len(counted.accepted_at) == 3
+    assert not any(row.timeline.error for row in result.requests)
+    rows = {row.name: row for row in result.engines}
+    assert "its draft and verify kernels exist for GPUs only" in str(rows["sglang+draft_model-3"].unavailable)
+    assert [one.agreement.whole or one.agreement.tokens > 32 for one in same_answers(result)][0], "the text is the same"
+
+
 def test_stopping_leaves_no_process(host: LocalHost) -> None:
     """The last of this file, because it ends the engines that the others share."""
     for name in NAMES:
-        host.ready(name)
+        if host.status(name).light != "ready":
+            host.ready(name)
     ours = psutil.Process().children(recursive=True)
     assert len(ours) > 6  # keepers, servers and their workers
 

@@ -179,8 +179,8 @@ EVERY_CHUNK_COUNTS = {"stream_options": {"include_usage": True, "continuous_usag
     [
         ("vllm", True, {**EVERY_CHUNK_COUNTS, "ignore_eos": True}),
         ("vllm", False, EVERY_CHUNK_COUNTS),
-        ("sglang", True, {**EVERY_CHUNK_COUNTS, "ignore_eos": True}),
-        ("sglang", False, EVERY_CHUNK_COUNTS),
+        ("sglang", True, {**EVERY_CHUNK_COUNTS, "ignore_eos": True, "return_spec_tokens_details": True}),
+        ("sglang", False, {**EVERY_CHUNK_COUNTS, "return_spec_tokens_details": True}),
         # It answers stream_options and ignore_eos with HTTP 422; a minimum as long as the maximum fixes the length.
         ("transformers", True, {"generation_config": json.dumps({"min_new_tokens": 64})}),
         ("transformers", False, {}),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from experiments.baseline import EXPERIMENT, headline
-from experiments.metrics import METRICS
+from engines.base import Usage
+from experiments.base import Plan
+from experiments.baseline import headline, notes, trials
 from tests.experiments.test_result import OUTCOMES, result_of
 
 
@@ -77,5 +80,25 @@ def test_warm_ups_do_not_decide_who_won() -> None:
     assert headline(result_of(warmups=1, quick=[200.0])).startswith("Quick decodes 200 tok/s")
 
 
-def test_the_charts_are_metrics_of_the_catalogue() -> None:
-    assert set(EXPERIMENT.charted) <= set(METRICS)
+def test_warm_ups_come_before_the_repeats_which_are_counted_from_one() -> None:
+    planned = trials(Plan("Go.", ("quick",), repeats=3, warmups=2), ())
+    assert [(trial.warmup, trial.repeat) for trial in planned] == [
+        (True, 1),
+        (True, 2),
+        (False, 1),
+        (False, 2),
+        (False, 3),
+    ]
+    assert [trial.words for trial in planned][1:3] == ["warm-up 2 of 2", "repeat 1 of 3"]
+    assert all(trial.prompts == ("Go.",) for trial in planned)
+
+
+def test_answers_of_different_lengths_are_said() -> None:
+    longer = result_of(quick=[100.0], slow=[100.0])
+    rows = tuple(
+        replace(row, timeline=replace(row.timeline, usage=Usage(output_tokens=128 if row.engine == "quick" else 96)))
+        for row in longer.requests
+    )
+    (note,) = notes(replace(longer, requests=rows))
+    assert "(Quick 128 and Slow 96 tokens)" in note
+    assert notes(longer) == []

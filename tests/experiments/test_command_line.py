@@ -42,15 +42,15 @@ def test_a_run_prints_its_table_and_writes_its_json(
 ) -> None:
     out = tmp_path / "results"
     engines = (scripted("one"), scripted("two"))
-    options = ["baseline", "--model", model, "--out", str(out), "--prompt", "Go.", "--race", "--natural-stop", *SHORT]
+    options = ["baseline", "--model", model, "--out", str(out), "--prompt", "Go.", "--race", "--exact-length", *SHORT]
     assert main(options, engines) == 0
     result = saved(out)
     assert [row.name for row in result.engines] == ["one", "two"]
     assert [row.metrics.output_tokens for row in result.requests] == [6, 6]
     settings = result.settings
-    assert (settings["prompt"], settings["race"], settings["fixed_length"]) == ("Go.", True, False)
+    assert (settings["prompt"], settings["race"], settings["fixed_length"]) == ("Go.", True, True)
     assert (settings["repeats"], settings["warmups"], settings["max_tokens"]) == (1, 0, 6)
-    assert result.model_note == "Random weights: the speed is real, the words mean nothing."
+    assert result.model == "inference-explainer-15M" and "knows nothing else" in result.model_note
     printed = capsys.readouterr().out
     assert printed.startswith("Engine")
     assert "One decodes" in printed or "Two decodes" in printed

@@ -40,8 +40,8 @@ def test_the_limits_themselves_can_be_used() -> None:
     Plan(**GOOD, repeats=REPEAT_LIMIT, warmups=REPEAT_LIMIT, max_tokens=TOKEN_LIMIT)  # type: ignore[arg-type]
 
 
-def test_by_default_engines_take_turns_and_answer_greedily_with_a_fixed_seed_and_length() -> None:
+def test_by_default_engines_take_turns_and_answer_greedily_until_the_model_ends() -> None:
     plan = Plan(**GOOD)  # type: ignore[arg-type]
     assert not plan.race
-    assert plan.fixed_length
+    assert not plan.fixed_length
     assert (plan.temperature, plan.seed) == (0.0, 42)

@@ -7,12 +7,14 @@ import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
 from experiments.metrics import CATALOGUE, METRICS, Distribution
-from experiments.report import Cell, csv_bytes, figure, figure_html, headline, notes, table, text_table
+from experiments.report import csv_bytes, figures, figures_html, headline, notes, table, text_table
 from experiments.result import ExperimentResult
+from experiments.telling import Cell
 from tests.experiments.test_result import SCHEMA_1, result_of
 
 MIXED = result_of(warmups=1, quick=[198.0, 200.0, 202.0], slow=[99.0, None, 101.0], broken="It could not start.")
@@ -24,9 +26,13 @@ def sample() -> ExperimentResult:
 
 
 def columns_of(result: ExperimentResult, label: str) -> dict[str, str]:
-    headings, rows = table(result)
-    (row,) = [row for row in rows if row[0] == label]
-    return dict(zip(headings, row, strict=True))
+    told = table(result)
+    (row,) = [row for row in told.rows if row[0] == label]
+    return dict(zip(told.headings, row, strict=True))
+
+
+def figure(result: ExperimentResult) -> Any:
+    return figures(result)["speed"]
 
 
 def lines_of(result: ExperimentResult) -> list[dict[str, str]]:
@@ -89,7 +95,7 @@ def test_a_result_without_trouble_needs_no_notes() -> None:
 
 def test_the_text_holds_the_table_the_headline_the_source_and_the_notes(sample: ExperimentResult) -> None:
     text = text_table(sample)
-    headings, rows = table(sample)
+    headings, rows = table(sample).headings, table(sample).rows
     shown = text.splitlines()
     assert [re.split(r"\s{2,}", line.rstrip()) for line in [shown[0], *shown[2 : 2 + len(rows)]]] == [headings, *rows]
     for line in [headline(sample), sample.source_line, *notes(sample)]:
@@ -163,14 +169,14 @@ def test_the_figure_has_a_bar_at_the_mean_and_every_repeat_as_a_dot() -> None:
 def test_the_figures_bars_say_what_the_table_says(sample: ExperimentResult) -> None:
     for bar in (bar for bar in figure(sample).data if bar.type == "bar" and bar.xaxis == "x"):
         cell = columns_of(sample, bar.x[0])["Speed"]
-        assert bar.text[0] == re.sub(r" ±\S+", "", cell).replace("–", "no answer")
+        assert bar.text[0] == re.sub(r" ±\S+", "", cell)
 
 
 def test_an_engine_without_an_answer_keeps_its_place_in_the_figure() -> None:
     chart = figure(MIXED)
     assert list(chart.layout.xaxis.categoryarray) == ["Quick", "Slow", "Broken"]
-    empty = [bar for bar in chart.data if bar.type == "bar" and bar.x[0] == "Broken"]
-    assert [(bar.y[0], bar.text[0]) for bar in empty] == [(None, "no answer")] * 2
+    empty = [trace for trace in chart.data if trace.x[0] == "Broken"]
+    assert [(trace.mode, trace.text[0]) for trace in empty] == [("text", "no answer")] * 2  # and no bar
 
 
 def test_a_single_repeat_has_no_whiskers() -> None:
@@ -184,7 +190,7 @@ def test_the_figure_carries_its_source_and_every_label() -> None:
     assert MIXED.source_line in written
     assert labels[0] in written
     assert written.count("A long label.") == 30
-    assert "mean of 3 repeats" in written
+    assert "mean of 3 runs" in written
 
 
 def test_axes_start_at_zero_so_that_bars_compare_by_their_length() -> None:
@@ -217,7 +223,7 @@ class Loaded(HTMLParser):
 
 def test_the_figures_page_holds_the_plotting_library_and_loads_nothing() -> None:
     page = Loaded()
-    page.feed(figure_html(MIXED).decode())
+    page.feed(figures_html(MIXED).decode())
     assert page.addresses == []
     assert max(len(script) for script in page.scripts) > 1_000_000  # the library
     assert any("Plotly.newPlot" in script for script in page.scripts)
@@ -227,4 +233,4 @@ def test_hostile_names_cannot_leave_the_figures_page() -> None:
     hostile = "</script><script>document.title='caught'</script>"
     result = replace(MIXED, model=hostile, labels=(hostile,))
     for tag in (b"<script", b"</script"):
-        assert figure_html(result).count(tag) == figure_html(MIXED).count(tag)
+        assert figures_html(result).count(tag) == figures_html(MIXED).count(tag)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from engines.base import Usage
+from engines.base import SpeculationCounters, Usage
 from engines.timeline import Arrival, Timeline
 from experiments.metrics import METRICS
-from experiments.result import SCHEMA, EngineRow, ExperimentResult, RequestRow, ResultError, new_id
+from experiments.result import SCHEMA, EngineRow, ExperimentResult, RequestRow, ResultError, TrialRow, new_id
 
 SCHEMA_1 = Path(__file__).parent / "data" / "schema_1.json"  # from a real run of scripted engines
 
@@ -61,6 +61,20 @@ def test_a_round_trip_through_json_keeps_every_arrival_and_everything_else(sampl
     again = ExperimentResult.from_json(sample.to_json())
     assert again == sample
     assert sum(len(row.timeline.arrivals) for row in again.requests) == 60
+
+
+def test_variants_trials_and_what_speculation_did_survive_the_round_trip() -> None:
+    counted = SpeculationCounters(4, 12, 8, (4, 2, 2))
+    variant = EngineRow("quick+cache", "Quick", "#000000", "prefix cache", "quick", unavailable="It keeps none.")
+    timeline = replace(answer_at(100.0, 0.1), usage=Usage(7, 2, 3, counted))
+    request = RequestRow("quick+cache", 1, False, timeline, "prompt 1", 2, planned=0.25)
+    trial = TrialRow("quick+cache", "prompt 1", 1, False, 0.5, 1.5, counted, True)
+    result = replace(result_of(quick=[1.0]), engines=(variant,), requests=(request,), trials=(trial,))
+    again = ExperimentResult.from_json(result.to_json())
+    assert again == result
+    assert (variant.engine, variant.title) == ("quick", "Quick, prefix cache")
+    assert again.speculation("quick+cache") == counted
+    assert again.requests[0].metrics.lateness == -0.25  # sent at 0, planned for 0.25
 
 
 def test_what_is_unknown_stays_unknown_through_json() -> None:
@@ -123,12 +137,15 @@ def test_a_file_that_is_no_result_is_refused_in_words(text: str, words: str) -> 
     [
         (["engines"], None),
         (["engines"], ["quick"]),
-        (["engines", 0, "speed"], 5),  # a field that this schema does not have
+        (["engines", 0, "label"], 5),  # a value of another type
+        (["requests", 0, "timeline", "sent"], "soon"),
+        (["requests", 0, "timeline", "usage", "output_tokens"], "many"),
         (["requests"], 7),
         (["requests", 0, "timeline"], []),
         (["requests", 0, "timeline", "arrivals", "at"], [0.1]),  # columns of different lengths
         (["requests", 0, "timeline", "usage"], None),
-        (["surprise"], 1),
+        (["started"], None),
+        (["labels"], "one word"),
     ],
 )
 def test_a_result_with_a_broken_part_is_refused_in_words(path: list[str | int], broken: object) -> None:

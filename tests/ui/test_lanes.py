@@ -12,7 +12,7 @@ from engines.base import Engine
 from engines.local import Status
 from engines.server import PhaseTime
 from engines.timeline import Arrival, Timeline
-from experiments.base import EngineFailed, RequestEnded, RequestStarted, TokensArrived
+from experiments.base import EngineFailed, EngineReady, RequestEnded, RequestStarted, TokensArrived, Trial, TrialStarted
 from experiments.result import EngineRow, RequestRow
 from tests.experiments.test_result import answer_at
 from ui.lanes import LIGHT_WORDS, TILES, LaneView, head_html
@@ -122,6 +122,11 @@ def arrives(at: float, text: str, tokens: int | None = 1, reasoning: bool = Fals
     return TokensArrived("quick", Arrival(at, text, reasoning, tokens))
 
 
+def starts(engine: str, warmup: bool, repeat: int, of: int, users: int = 1) -> TrialStarted:
+    kind = "warm-up" if warmup else "repeat"
+    return TrialStarted(engine, Trial(f"{kind} {repeat} of {of}", repeat, warmup, ("Go.",) * users), 9, 0)
+
+
 def test_a_lane_at_rest_shows_dashes() -> None:
     assert set(tiles(LaneView("quick")).values()) == {"–"}
     assert LaneView("quick").messages("Go.") == [{"role": "user", "content": "Go."}]
@@ -129,7 +134,7 @@ def test_a_lane_at_rest_shows_dashes() -> None:
 
 def test_figures_are_live_from_the_first_token_on() -> None:
     view = LaneView("quick")
-    take(view, RequestStarted("quick", True, 1, 2), arrives(0.5, " one"))
+    take(view, starts("quick", True, 1, 2), arrives(0.5, " one"))
     assert note(view) == "Warm-up 1 of 2"
     assert tiles(view) == {"ttft": "500.0", "decode_speed": "–", "tpot": "–", "output_tokens": "1", "e2e": "0.50"}
     take(view, arrives(0.54, " two"), arrives(0.58, " three four", tokens=3))
@@ -140,20 +145,20 @@ def test_figures_are_live_from_the_first_token_on() -> None:
 
 def test_tokens_that_came_with_the_first_chunk_are_not_counted_as_decoded_after_it() -> None:
     view = LaneView("quick")
-    take(view, RequestStarted("quick", False, 1, 3), arrives(0.10, " four", tokens=4), arrives(0.14, " more", tokens=4))
+    take(view, starts("quick", False, 1, 3), arrives(0.10, " four", tokens=4), arrives(0.14, " more", tokens=4))
     assert (tiles(view)["tpot"], tiles(view)["output_tokens"]) == ("10.00", "8")  # 0.04 s / (8 - 4)
 
 
 def test_chunks_without_a_count_are_taken_for_one_token_each() -> None:
     view = LaneView("quick")
-    take(view, RequestStarted("quick", False, 1, 1), arrives(0.1, " a", None), arrives(0.2, " b", None))
+    take(view, starts("quick", False, 1, 1), arrives(0.1, " a", None), arrives(0.2, " b", None))
     assert (tiles(view)["tpot"], tiles(view)["output_tokens"]) == ("100.00", "2")
 
 
 def test_each_request_starts_its_text_and_figures_afresh() -> None:
     view = LaneView("quick")
-    take(view, RequestStarted("quick", True, 1, 1), arrives(0.1, " warm"), arrives(0.2, " up"))
-    take(view, RequestStarted("quick", False, 1, 3))
+    take(view, starts("quick", True, 1, 1), arrives(0.1, " warm"), arrives(0.2, " up"))
+    take(view, starts("quick", False, 1, 3))
     assert note(view) == "Repeat 1 of 3"
     assert view.messages("Go.") == [{"role": "user", "content": "Go."}]
     assert set(tiles(view).values()) == {"–"}
@@ -163,7 +168,7 @@ def test_each_request_starts_its_text_and_figures_afresh() -> None:
 
 def test_thinking_is_shown_apart_from_the_answer() -> None:
     view = LaneView("quick")
-    take(view, RequestStarted("quick", False, 1, 1), arrives(0.1, "hm", reasoning=True), arrives(0.2, "Yes."))
+    take(view, starts("quick", False, 1, 1), arrives(0.1, "hm", reasoning=True), arrives(0.2, "Yes."))
     assert view.messages("Go.")[1]["content"] == "*Thinking:* hm\n\nYes."
 
 
@@ -176,28 +181,28 @@ def test_the_end_shows_the_mean_over_the_repeats_without_warm_ups_and_failures()
         RequestRow("quick", 3, False, answer_at(300.0, 0.3)),
     ]
     for row in rows:
-        take(view, RequestStarted("quick", row.warmup, row.repeat, 3), arrives(0.1, " word"), RequestEnded(row))
+        take(view, starts("quick", row.warmup, row.repeat, 3), arrives(0.1, " word"), RequestEnded(row))
     view.close()
-    assert note(view) == "Mean of 2 repeats"
+    assert note(view) == "Mean of 2 runs"
     assert (tiles(view)["ttft"], tiles(view)["decode_speed"]) == ("200.0", "200")  # (100 + 300) / 2, both
 
 
-def test_one_repeat_is_not_called_repeats() -> None:
+def test_one_run_is_not_called_runs() -> None:
     view = LaneView("quick")
-    take(view, RequestStarted("quick", False, 1, 1), RequestEnded(RequestRow("quick", 1, False, answer_at(50.0, 0.1))))
+    take(view, starts("quick", False, 1, 1), RequestEnded(RequestRow("quick", 1, False, answer_at(50.0, 0.1))))
     view.close()
-    assert note(view) == "Mean of 1 repeat"
+    assert note(view) == "Mean of 1 run"
 
 
 def test_a_failed_request_shows_its_reason_below_what_had_come() -> None:
     view = LaneView("quick")
     broken = RequestRow("quick", 1, False, Timeline(0.0, error="Quick broke off the answer."))
-    take(view, RequestStarted("quick", False, 1, 1), arrives(0.1, "Half"), RequestEnded(broken))
+    take(view, starts("quick", False, 1, 1), arrives(0.1, "Half"), RequestEnded(broken))
     assert [message["content"] for message in view.messages("Go.")] == ["Go.", "Half", "⚠ Quick broke off the answer."]
     view.close()
     assert note(view) == "No complete answer"
     assert set(tiles(view).values()) == {"–"}
-    view.take(RequestStarted("quick", False, 2, 2))
+    view.take(starts("quick", False, 2, 2))
     assert len(view.messages("Go.")) == 1
 
 
@@ -219,7 +224,7 @@ def test_a_lane_moves_only_by_its_own_engines_events() -> None:
     view, before = LaneView("quick"), LaneView("quick")
     take(
         view,
-        RequestStarted("slow", False, 1, 1),
+        starts("slow", False, 1, 1),
         TokensArrived("slow", Arrival(0.1, " word")),
         RequestEnded(RequestRow("slow", 1, False, answer_at(100.0, 0.1))),
         EngineFailed(EngineRow("slow", "Slow", "#000000", error="It could not start.")),
@@ -227,5 +232,60 @@ def test_a_lane_moves_only_by_its_own_engines_events() -> None:
     )
     assert view == before
     assert not view.changed
-    view.take(RequestStarted("quick", False, 1, 1))
+    view.take(starts("quick", False, 1, 1))
     assert view.changed
+
+
+# Variants and many at once
+
+
+def test_a_variants_trials_are_shown_in_its_engines_lane_with_its_name() -> None:
+    view = LaneView("quick")
+    row = EngineRow("quick+ngram-3", "Quick", "#000000", "n-gram look-up, 3 tokens", config={"speculation": {}})
+    take(view, EngineReady(row), starts("quick+ngram-3", False, 1, 2))
+    take(view, TokensArrived("quick+ngram-3", Arrival(0.1, " word", tokens=1)))
+    assert note(view) == "With n-gram look-up, 3 tokens: repeat 1 of 2"
+    assert tiles(view)["output_tokens"] == "1"
+
+
+def test_with_speculation_the_pieces_of_each_step_are_marked() -> None:
+    view = LaneView("quick")
+    row = EngineRow("quick+ngram-3", "Quick", "#000000", "n-gram", config={"speculation": {"draft_tokens": 3}})
+    take(view, EngineReady(row), starts("quick+ngram-3", False, 1, 1))
+    for text, tokens in ((" a", 1), (" b<c d", 3)):
+        view.take(TokensArrived("quick+ngram-3", Arrival(0.1, text, tokens=tokens)))
+    steps = Parsed(view.tiles_html()).with_class("step")
+    assert [step["data-tokens"] for step in steps] == ["1", "3"]
+    assert " b&lt;c d" in view.tiles_html()
+    plain = LaneView("quick")
+    take(plain, EngineReady(EngineRow("quick", "Quick", "#000000")), starts("quick", False, 1, 1), arrives(0.1, " a"))
+    assert "step" not in plain.tiles_html()
+
+
+def test_what_an_engine_cannot_do_is_said_below_its_tiles_and_is_no_failure() -> None:
+    view = LaneView("quick")
+    take(view, EngineFailed(EngineRow("quick+cache", "Quick", "#000000", unavailable="Quick keeps no <cache>.")))
+    assert "Quick keeps no &lt;cache&gt;." in view.tiles_html()
+    assert view.messages("Go.") == [{"role": "user", "content": "Go."}]
+
+
+def test_of_many_at_once_the_first_text_is_shown_and_the_others_are_counted() -> None:
+    view = LaneView("quick")
+    trial = Trial("2 users", 1, False, ("Go.", "Go."), spacing=0.1)
+    take(view, TrialStarted("quick", trial, 1, 0), RequestStarted("quick", 0), RequestStarted("quick", 1))
+    take(view, TokensArrived("quick", Arrival(0.1, " one", tokens=1), 0))
+    take(view, TokensArrived("quick", Arrival(0.2, " other", tokens=1), 1))  # 0.3 s after the trial began
+    assert view.messages("Go.")[1]["content"] == " one"
+    assert note(view) == "2 users: 2 in flight, 0 answered"
+    assert tiles(view)["output_tokens"] == "2"
+    assert tiles(view)["decode_speed"] == "5"  # one token in the 0.2 s after the first
+    take(view, RequestEnded(RequestRow("quick", 1, False, answer_at(50.0, 0.1))))
+    assert note(view) == "2 users: 1 in flight, 1 answered"
+
+
+def test_a_very_long_prompt_is_shown_without_its_middle() -> None:
+    view = LaneView("quick")
+    view.take(TrialStarted("quick", Trial("run 1", 1, False, ("poem " * 2000 + "What is a token?",)), 1, 0))
+    shown = view.messages("")[0]["content"]
+    assert len(shown) < 500
+    assert shown.startswith("poem") and shown.endswith("What is a token?") and "2,004 words in all" in shown

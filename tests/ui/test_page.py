@@ -13,6 +13,7 @@ from engines.base import Engine
 from engines.hardware import Hardware
 from engines.local import LocalHost
 from engines.scripted import Script, scripted_engine
+from experiments import EXPERIMENTS
 from tests.conftest import MACHINE
 from ui.page import build_app, masthead_html
 from ui.theme import css, head, theme
@@ -41,17 +42,19 @@ def components(page: gr.Blocks) -> dict[str, dict[str, Any]]:
 
 def test_the_page_has_a_lane_for_each_engine_and_the_experiments_controls(components: dict[str, Any]) -> None:
     for name in ("one", "two", "three"):
-        assert {f"lane-{name}", f"head-{name}", f"chat-{name}", f"tiles-{name}"} <= set(components)
+        for experiment in EXPERIMENTS:
+            parts = {f"{experiment.name}-{part}-{name}" for part in ("lane", "head", "chat", "tiles")}
+            assert parts <= set(components)
     assert {"baseline-prompt", "baseline-run", "baseline-stop", "baseline-settings"} <= set(components)
     assert components["baseline-stop"]["interactive"] is False
-    for form in ("png", "svg", "html", "json", "csv"):
+    for form in ("html", "json", "csv"):
         assert components[f"baseline-{form}"]["interactive"] is False  # nothing to download yet
 
 
 def test_building_the_page_starts_no_engine_and_shows_them_as_not_running(
     host: LocalHost, components: dict[str, Any]
 ) -> None:
-    assert "not running" in components["head-one"]["value"]
+    assert "not running" in components["baseline-head-one"]["value"]
     assert {status.light for status in host.statuses().values()} == {"down"}
 
 

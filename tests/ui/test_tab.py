@@ -18,18 +18,20 @@ import pytest
 from engines.base import Engine, EngineConfig, EngineError
 from engines.local import LocalHost
 from engines.scripted import Script, scripted_engine
+from experiments.base import LENGTH_KIND
 from experiments.baseline import EXPERIMENT
 from experiments.report import headline
 from experiments.result import ExperimentResult
 from tests.conftest import MACHINE, wait_until
 from tests.experiments.test_result import result_of
 from ui.session import Sessions
-from ui.tab import LENGTHS, Tab, experiment_tab, problem_html, read_plan, run_in_tab, table_html
+from ui.tab import Tab, experiment_tab, problem_html, read_plan, run_in_tab, table_html
 
 Frame = dict[Any, Any]
 MakeEngine = Callable[..., Engine]
 MakeHost = Callable[..., LocalHost]
 ME = "my session"
+NATURAL, EXACT = LENGTH_KIND.choices
 
 
 def unable(config: EngineConfig) -> list[str]:
@@ -67,7 +69,7 @@ def tab_over(host: LocalHost) -> Tab:
 
 def settings(*engines: str, prompt: str = "Go.", repeats: int = 1, warmups: int = 0, tokens: int = 6) -> list[Any]:
     """The controls' values; a race, because taking turns waits for each engine to settle."""
-    return [prompt, list(engines), repeats, warmups, tokens, LENGTHS[0], True]
+    return [list(engines), prompt, repeats, warmups, tokens, EXACT, True]
 
 
 async def frames_of(host: LocalHost, tab: Tab, values: list[Any], sessions: Sessions) -> AsyncIterator[Frame]:
@@ -95,7 +97,7 @@ def answers(frames: list[Frame], tab: Tab, name: str) -> list[str]:
 
 
 def saved(frame: Frame, tab: Tab) -> ExperimentResult:
-    return ExperimentResult.from_json(Path(frame[tab.json]["value"]).read_text(encoding="utf-8"))
+    return ExperimentResult.from_json(Path(frame[tab.result.json]["value"]).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def saved(frame: Frame, tab: Tab) -> ExperimentResult:
         (settings("one", prompt=" "), "Type a prompt first: there is nothing to answer."),
         (settings(), "Choose at least one engine."),
         (settings("one", repeats=0), "Repeats must be a whole number from 1 to 20, not 0."),
-        ([None, *settings("one")[1:]], "Type a prompt first: there is nothing to answer."),
+        ([["one"], None, *settings("one")[2:]], "Type a prompt first: there is nothing to answer."),
     ],
 )
 def test_settings_that_cannot_be_used_give_the_reason_and_touch_nothing_else(
@@ -117,10 +119,10 @@ def test_settings_that_cannot_be_used_give_the_reason_and_touch_nothing_else(
 
 
 def test_the_controls_become_a_plan() -> None:
-    plan = read_plan("Go.", ["one", "two"], 4, 1, 64, LENGTHS[1], True)
+    plan = read_plan(EXPERIMENT, ["one", "two"], ("Go.", 4, 1, 64, NATURAL, True))
     assert (plan.prompt, plan.engines, plan.repeats, plan.warmups) == ("Go.", ("one", "two"), 4, 1)
     assert (plan.max_tokens, plan.fixed_length, plan.race) == (64, False, True)
-    assert read_plan("Go.", ["one"], 1, 0, 8, LENGTHS[0], False).fixed_length
+    assert read_plan(EXPERIMENT, ["one"], ("Go.", 1, 0, 8, EXACT, False)).fixed_length
 
 
 def test_a_run_shows_growing_answers_and_ends_with_its_result(host: LocalHost, tab: Tab) -> None:
@@ -142,37 +144,37 @@ def test_a_run_shows_growing_answers_and_ends_with_its_result(host: LocalHost, t
 
     assert (last[tab.run]["interactive"], last[tab.stop]["interactive"]) == (True, False)
     assert last[tab.progress] == ""
-    assert "Mean of 1 repeat" in last[tab.lanes["one"].tiles]
+    assert "Mean of 1 run" in frames[-2][tab.lanes["one"].tiles]
     result = saved(last, tab)
-    assert last[tab.headline] == f"<p class='headline' role='status'>{escape(headline(result))}</p>"
-    assert last[tab.table] == table_html(result)
-    assert last[tab.run_id] == result.id
-    assert (last[tab.chart]["visible"], type(last[tab.chart]["value"]).__name__) == (True, "Figure")
+    assert last[tab.result.headline] == f"<p class='headline' role='status'>{escape(headline(result))}</p>"
+    assert last[tab.result.table] == table_html(result)
+    assert last[tab.result.run_id] == result.id
+    picture = tab.result.pictures["speed"]
+    assert (last[picture.box]["visible"], type(last[picture.plot]).__name__) == (True, "Figure")
     assert [row.engine for row in result.measured("one") + result.measured("two")] == ["one", "two"]
 
 
 def test_the_files_of_a_run_exist_and_parse_and_are_named_after_it(host: LocalHost, tab: Tab) -> None:
     last = all_frames(host, tab, "one")[-1]
     result = saved(last, tab)
-    for button, ending in ((tab.json, "json"), (tab.csv, "csv"), (tab.html, "html")):
+    for button, ending in ((tab.result.json, "json"), (tab.result.csv, "csv"), (tab.result.html, "html")):
         assert last[button]["interactive"]
         assert Path(last[button]["value"]).name == f"{result.id}.{ending}"
-    with Path(last[tab.csv]["value"]).open(newline="", encoding="utf-8") as file:
+    with Path(last[tab.result.csv]["value"]).open(newline="", encoding="utf-8") as file:
         assert [line["engine"] for line in csv.DictReader(file)] == ["one"]
-    assert "Plotly.newPlot" in Path(last[tab.html]["value"]).read_text(encoding="utf-8")
-    assert last[tab.png]["interactive"] and last[tab.svg]["interactive"]
+    assert "Plotly.newPlot" in Path(last[tab.result.html]["value"]).read_text(encoding="utf-8")
 
 
 def test_an_engine_that_cannot_start_says_so_in_its_lane_and_the_others_run(host: LocalHost, tab: Tab) -> None:
     frames = all_frames(host, tab, "broken", "one")
     assert set(answers(frames, tab, "broken")) == {"⚠ Broken cannot serve this model."}
     assert saved(frames[-1], tab).engines[0].error == "Broken cannot serve this model."
-    assert "Broken gave no" in frames[-1][tab.headline]
+    assert "Broken gave no" in frames[-1][tab.result.headline]
 
 
 def test_a_run_of_failed_requests_ends_with_a_result_that_counts_them(host: LocalHost, tab: Tab) -> None:
     last = all_frames(host, tab, "refusing")[-1]
-    assert "No engine gave an answer" in last[tab.headline]
+    assert "No engine gave an answer" in last[tab.result.headline]
     assert len(saved(last, tab).failures("refusing")) == 1
 
 
@@ -184,7 +186,7 @@ def test_a_run_without_any_engine_says_so_and_leaves_the_last_result_standing(
     last = all_frames(host, tab, "one")[-1]
     assert last[tab.progress] == problem_html("Nothing could be measured.")
     assert last[tab.run]["interactive"]
-    assert {tab.headline, tab.chart, tab.table, tab.json}.isdisjoint(last)
+    assert set(tab.result.outputs).isdisjoint(last)
 
 
 def test_stopping_keeps_the_repeats_that_were_measured(host: LocalHost, tab: Tab) -> None:
@@ -200,7 +202,7 @@ def test_stopping_keeps_the_repeats_that_were_measured(host: LocalHost, tab: Tab
     result = saved(last, tab)
     assert result.stopped_early
     assert 1 <= len(result.measured("one")) < 20
-    assert "Stopped early: some repeats are missing." in last[tab.table]
+    assert "Stopped early: some repeats are missing." in last[tab.result.table]
     assert last[tab.run]["interactive"]
 
 
@@ -229,7 +231,8 @@ def test_a_second_visitor_waits_in_line_and_may_give_up(host: LocalHost, tab: Ta
     waiting, last = asyncio.run(visit())
     assert "Another run is using this machine" in waiting[tab.progress]
     assert waiting[tab.stop]["interactive"]
-    assert last == {tab.run: gr.update(interactive=True), tab.stop: gr.update(interactive=False), tab.progress: ""}
+    on, off = gr.update(interactive=True), gr.update(interactive=False)
+    assert last == {tab.run: on, tab.replay: on, tab.stop: off, tab.progress: ""}
 
 
 def test_a_visitor_who_leaves_takes_the_run_along(host: LocalHost, tab: Tab) -> None:

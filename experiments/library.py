@@ -1,0 +1,159 @@
+"""Where results live: a folder of one JSON per run, beside the recordings that came with the app."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from experiments import EXPERIMENTS_BY_NAME
+from experiments.result import EngineRow, ExperimentResult, RequestRow, ResultError, TrialRow, new_id
+
+RECORDINGS = Path(__file__).parent.parent / "recordings"
+SAFE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")  # it becomes a file's name
+LARGEST_UPLOAD = 64_000_000  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One run in the list. `recorded`: it came with the app and cannot be deleted."""
+
+    id: str
+    experiment: str
+    started: str
+    model: str
+    hardware: str
+    recorded: bool
+
+    @property
+    def words(self) -> str:
+        title = EXPERIMENTS_BY_NAME[self.experiment].title
+        kind = ", came with the app" if self.recorded else ""
+        return f"{title} · {self.model} · {self.hardware} · {self.started[:16].replace('T', ' ')}{kind}"
+
+
+class Library:
+    """The results of `folder` and the recordings; a file is read again only when it has changed."""
+
+    def __init__(self, folder: Path, recordings: Path = RECORDINGS) -> None:
+        self.folder, self.recordings = folder, recordings
+        self._known: dict[Path, tuple[int, Entry | None]] = {}
+
+    def entries(self, experiment: str = "") -> list[Entry]:
+        """Newest first, own runs before recordings; of one experiment or of all. Broken files are left out."""
+        found = []
+        for folder in (self.folder, self.recordings):
+            entries = [entry for path in folder.glob("*.json") if (entry := self._entry(path))]
+            found += sorted(entries, key=lambda entry: entry.started, reverse=True)
+        return [entry for entry in found if experiment in ("", entry.experiment)]
+
+    def load(self, run: str) -> ExperimentResult:
+        """Raises ResultError when there is no such run or its file is broken."""
+        return read(self._path(run))
+
+    def add(self, text: str) -> ExperimentResult:
+        """Keep somebody's file. A run of the same id stays; an id that is no file's name is replaced."""
+        if len(text) > LARGEST_UPLOAD:
+            raise ResultError(f"This file is larger than {LARGEST_UPLOAD // 1_000_000} MB.")
+        result = known(ExperimentResult.from_json(text))
+        if not SAFE_ID.fullmatch(result.id) or any(entry.id == result.id for entry in self.entries()):
+            result = replace(result, id=new_id(result.experiment))
+        result.save(self.folder)
+        return result
+
+    def delete(self, run: str) -> None:
+        path = self._path(run)
+        if path.parent != self.folder:
+            raise ResultError("This run came with the app and stays.")
+        path.unlink(missing_ok=True)
+
+    def archive(self) -> bytes:
+        """Every result, recordings included, as a zip."""
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as bundle:
+            for entry in self.entries():
+                bundle.write(self._path(entry.id), f"{entry.id}.json")
+        return out.getvalue()
+
+    def _path(self, run: str) -> Path:
+        if SAFE_ID.fullmatch(run):
+            for folder in (self.folder, self.recordings):
+                if (path := folder / f"{run}.json").is_file():
+                    return path
+        raise ResultError(f"There is no run called {run[:100]!r} here.")
+
+    def _entry(self, path: Path) -> Entry | None:
+        try:
+            changed = path.stat().st_mtime_ns
+        except OSError:  # deleted meanwhile
+            return None
+        if self._known.get(path, (0, None))[0] != changed:
+            self._known[path] = (changed, _entry_of(path, path.parent == self.recordings))
+        return self._known[path][1]
+
+
+def _entry_of(path: Path, recorded: bool) -> Entry | None:
+    try:
+        result = read(path)
+    except ResultError:
+        return None
+    hardware = str(result.hardware.get("words", "unknown hardware"))
+    return Entry(path.stem, result.experiment, result.started, result.model, hardware, recorded)
+
+
+def read(path: Path) -> ExperimentResult:
+    """A result's file; raises ResultError."""
+    try:
+        return known(ExperimentResult.from_json(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as failure:
+        raise ResultError(f"This file cannot be read: {failure}.") from failure
+
+
+def known(result: ExperimentResult) -> ExperimentResult:
+    """The result, if its experiment is one of ours and can make sense of it; else ResultError."""
+    if result.experiment not in EXPERIMENTS_BY_NAME:
+        raise ResultError(f"This app knows no experiment called {result.experiment[:100]!r}.")
+    try:
+        EXPERIMENTS_BY_NAME[result.experiment].table(result)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as failure:
+        raise ResultError(f"This result cannot be shown: {failure}") from failure
+    return result
+
+
+def overlaid(first: ExperimentResult, second: ExperimentResult) -> ExperimentResult:
+    """Both runs as one result, so that the experiment's own charts and table show them side by side."""
+    if first.experiment != second.experiment:
+        raise ResultError("Only runs of the same experiment can be laid over each other.")
+
+    def name(row: str) -> str:
+        return f"{row}-second" if "+" in row else f"{row}+second"
+
+    def renamed(row: EngineRow) -> EngineRow:
+        when = second.started[:16].replace("T", " ")
+        where = "" if second.hardware.get("words") == first.hardware.get("words") else f" on {second.hardware['words']}"
+        variant = f"{row.variant}, {when}{where}" if row.variant else f"{when}{where}"
+        return replace(
+            row,
+            name=name(row.name),
+            variant=variant,
+            compared_with=name(row.compared_with) if row.compared_with else "",
+        )
+
+    def request(row: RequestRow) -> RequestRow:
+        return replace(row, engine=name(row.engine))
+
+    def trial(row: TrialRow) -> TrialRow:
+        return replace(row, engine=name(row.engine))
+
+    differing = [field for field in ("model", "settings") if getattr(first, field) != getattr(second, field)]
+    warning = (f"The two runs differ in {' and '.join(differing)}: compare with care.",) if differing else ()
+    return replace(
+        first,
+        engines=first.engines + tuple(map(renamed, second.engines)),
+        requests=first.requests + tuple(map(request, second.requests)),
+        trials=first.trials + tuple(map(trial, second.trials)),
+        labels=(f"Two runs: {first.source_line}; {second.source_line}", *warning)
+        + tuple(dict.fromkeys(first.labels + second.labels)),
+    )

@@ -1,0 +1,307 @@
+"""Speculative decoding. Question: how much faster does each engine get by guessing ahead, and how good are its guesses?
+
+Mechanism: something cheap (a small draft model, the model's own prediction head, or a look-up in the text so far)
+drafts a few tokens; the model checks all of them in one step and keeps those that it would have written itself. With
+one request at a time a step costs the same whether it checks one token or five, so every accepted token is a gain,
+as long as drafting costs less than the steps it saves. The text is the same as without.
+
+A surprise would be: a gain without accepted drafts, an acceptance length above draft tokens + 1, or another text.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from engines.base import Speculation
+from experiments.base import (
+    ANSWER_LENGTH,
+    DEFAULT_PROMPT,
+    LENGTH_KIND,
+    REPEATS,
+    WARMUPS,
+    Chart,
+    Contender,
+    Experiment,
+    Host,
+    Plan,
+    PlanError,
+    Setting,
+    Table,
+    Trial,
+    checked,
+)
+from experiments.drawing import INK, bar_charts, bar_label, colour_of, styled
+from experiments.metrics import METRICS, Ratio, ratio
+from experiments.result import EngineRow, ExperimentResult
+from experiments.telling import Cell, listed, runs, share, times
+
+if TYPE_CHECKING:
+    import plotly.graph_objects
+
+SPEED = METRICS["decode_speed"]
+MOST_DRAFT_TOKENS = 8
+PROMPTS = (
+    DEFAULT_PROMPT,
+    "How does speculative decoding make a model answer faster?",
+    "What does a KV cache hold, and why is it needed?",
+    "Why is decoding limited by memory bandwidth?",
+)
+METHODS = {"mtp": "prediction head", "draft_model": "draft model", "ngram": "n-gram look-up"}
+# How the configurations of models with a multi-token-prediction head call it.
+HEAD_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationPlan(Plan):
+    """`prompt` holds one prompt per line. Several `draft_tokens` make a sweep. `method` None: what the model offers."""
+
+    draft_tokens: tuple[int, ...] = (3,)
+    method: Literal["mtp", "draft_model", "ngram"] | None = None
+
+    def __post_init__(self) -> None:
+        super(SpeculationPlan, self).__post_init__()
+        if not self.draft_tokens or not all(1 <= count <= MOST_DRAFT_TOKENS for count in self.draft_tokens):
+            raise PlanError("draft_tokens", f"Draft tokens must be whole numbers from 1 to {MOST_DRAFT_TOKENS}.")
+
+
+def best_method(host: Host) -> Literal["mtp", "draft_model", "ngram"]:
+    """The model's own head where it has one, else its draft model, else the look-up, which needs nothing."""
+    config = Path(host.model).expanduser() / "config.json"
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        parts = (values, values.get("text_config") or {})
+        if any(part.get(field) for part in parts for field in HEAD_FIELDS):
+            return "mtp"
+    return "draft_model" if host.draft_model else "ngram"
+
+
+def contenders(plan: Plan, host: Host) -> tuple[Contender, ...]:
+    """Each engine as it is, then with each number of draft tokens."""
+    assert isinstance(plan, SpeculationPlan)
+    method = plan.method or best_method(host)
+    if method == "draft_model" and not host.draft_model:
+        raise PlanError("method", "This model brings no draft model. Choose another way of guessing.")
+    by_name = {engine.name: engine for engine in host.engines}
+    found = []
+    for name in plan.engines:
+        found.append(Contender(name, by_name[name]))
+        for count in sorted(set(plan.draft_tokens)):
+            speculation = Speculation(method, count, host.draft_model if method == "draft_model" else None)
+            variant = f"{METHODS[method]}, {count} token{'s' if count > 1 else ''}"
+            changes = {"speculation": speculation}
+            found.append(
+                checked(
+                    Contender(f"{name}+{method}-{count}", by_name[name], variant, changes, compared_with=name), host
+                )
+            )
+    return tuple(found)
+
+
+def trials(plan: Plan, contenders: tuple[Contender, ...]) -> tuple[Trial, ...]:
+    """Warm-ups with the first prompt, then every prompt in each repeat."""
+    warm = [
+        Trial(f"warm-up {number} of {plan.warmups}", number, True, plan.prompts[:1])
+        for number in range(1, plan.warmups + 1)
+    ]
+    measured = [
+        Trial(
+            f"repeat {repeat} of {plan.repeats}, prompt {place} of {len(plan.prompts)}",
+            repeat,
+            False,
+            (prompt,),
+            group=f"prompt {place}",
+        )
+        for repeat in range(1, plan.repeats + 1)
+        for place, prompt in enumerate(plan.prompts, start=1)
+    ]
+    return (*warm, *measured)
+
+
+def speed_up(result: ExperimentResult, row: EngineRow) -> Ratio | None:
+    """How many times as fast as the same engine without; None for a row that is its own baseline."""
+    if not row.compared_with:
+        return None
+    return ratio(result.distribution(row.name, SPEED), result.distribution(row.compared_with, SPEED))
+
+
+def headline(result: ExperimentResult) -> str:
+    gains = [(row, gain) for row in result.engines if (gain := speed_up(result, row))]
+    reasons = [row for row in result.engines if row.unavailable]
+    cannot = listed(list(dict.fromkeys(row.label for row in reasons))) if reasons else ""
+    missing = f" {cannot} cannot speculate here." if cannot else ""
+    if not gains:
+        return f"No speed-up could be measured.{missing}"
+    best: dict[str, tuple[EngineRow, Ratio]] = {}
+    for row, gain in gains:
+        if row.engine not in best or gain.value > best[row.engine][1].value:
+            best[row.engine] = (row, gain)
+    return f"{' '.join(_told(result, row, gain) for row, gain in best.values())}{missing}"
+
+
+def _told(result: ExperimentResult, row: EngineRow, gain: Ratio) -> str:
+    counted = result.speculation(row.name)
+    length = counted.acceptance_length if counted else None
+    yielded = (
+        f": {share(counted.acceptance_rate)} of the drafts accepted, {length:.2f} tokens per step"
+        if (counted and length)
+        else ""
+    )
+    if gain.low is None or gain.high is None:
+        return (
+            f"{row.title}: {gain.value:.2f}× as fast as without, from too few runs to say whether that holds{yielded}."
+        )
+    interval = f"95 % interval {gain.low:.2f}–{gain.high:.2f}"
+    if not gain.supported:
+        return f"{row.title}: no measurable difference ({gain.value:.2f}×, {interval}){yielded}."
+    verdict = "as fast as without" if gain.value >= 1 else "the speed without, so here it costs more than it saves"
+    return f"{row.title}: {gain.value:.2f}× {verdict} ({interval}){yielded}."
+
+
+def table(result: ExperimentResult) -> Table:
+    headings = ["Engine", "Speed", "Speed-up", "Drafts accepted", "Tokens per step", "Accepted at position 1, 2 …"]
+    rows = []
+    for row in result.engines:
+        counted = result.speculation(row.name)
+        length = counted.acceptance_length if counted else None
+        positions = counted.acceptance_per_position if counted else ()
+        rows.append(
+            [
+                row.title,
+                Cell(SPEED, result.distribution(row.name, SPEED)).words,
+                times(speed_up(result, row)),
+                share(counted.acceptance_rate if counted else None),
+                "–" if length is None else f"{length:.2f}",
+                ", ".join(map(share, positions)) or "–",
+                *(Cell(METRICS[name], result.distribution(row.name, METRICS[name])).words for name in ("ttft", "e2e")),
+                *runs(result, row),
+            ]
+        )
+    return Table([*headings, METRICS["ttft"].label, METRICS["e2e"].label, "Runs", "Failed"], rows)
+
+
+def speed_chart(result: ExperimentResult) -> plotly.graph_objects.Figure:
+    """Speed of each engine without and with, the speed-up written above the bars."""
+    rows = [row for row in result.engines if not row.unavailable]
+    chart = bar_charts(result, ("decode_speed",), rows)
+    for row in rows:
+        gain, speed = speed_up(result, row), result.distribution(row.name, SPEED)
+        if gain and speed.largest:
+            chart.add_annotation(
+                x=bar_label(row),
+                y=speed.largest,
+                text=f"<b>{gain.value:.2f}×</b>",
+                showarrow=False,
+                yshift=14,
+                font={"size": 14},
+            )
+    return chart
+
+
+def acceptance_chart(result: ExperimentResult) -> plotly.graph_objects.Figure | None:
+    """Share of steps in which the draft token at each position was accepted."""
+    import plotly.graph_objects as go
+
+    counted = [(row, counters) for row in result.engines if (counters := result.speculation(row.name))]
+    if not any(counters.acceptance_per_position for _, counters in counted):
+        return None
+    chart = go.Figure()
+    for row, counters in counted:
+        shares = counters.acceptance_per_position
+        chart.add_bar(
+            x=[f"position {place}" for place in range(1, len(shares) + 1)],
+            y=[100 * value for value in shares],
+            text=[share(value) for value in shares],
+            name=row.title,
+            marker=colour_of(row),
+        )
+    chart.update_yaxes(title="accepted, % of steps", range=[0, 105])
+    chart.update_layout(title="How many of the drafts were accepted", showlegend=len(counted) > 1, barmode="group")
+    return styled(chart, result, "from the engine's own counters, read before and after each run")
+
+
+def sweep_chart(result: ExperimentResult) -> plotly.graph_objects.Figure | None:
+    """Speed over the number of draft tokens, the engine without as a dashed line."""
+    import plotly.graph_objects as go
+
+    engines = {row.engine: row for row in result.engines if not row.variant}
+    swept = {name: [row for row in result.engines if row.compared_with == name] for name in engines}
+    swept = {name: rows for name, rows in swept.items() if sum(bool(speed_up(result, row)) for row in rows) > 1}
+    if not swept:
+        return None
+    chart = go.Figure()
+    for name, rows in swept.items():
+        plain = result.distribution(name, SPEED)
+        points = [(drafted(row), result.distribution(row.name, SPEED)) for row in rows]
+        points = [(count, speed) for count, speed in points if speed.mean is not None]
+        chart.add_scatter(
+            x=[count for count, _ in points],
+            y=[speed.mean for _, speed in points],
+            error_y={"type": "data", "array": [speed.half_width or 0 for _, speed in points]},
+            mode="lines+markers",
+            name=engines[name].label,
+            line={"color": engines[name].colour},
+        )
+        if plain.mean is not None:
+            chart.add_hline(
+                plain.mean, line_dash="dash", line_color=INK, annotation_text=f"{engines[name].label} without"
+            )
+    chart.update_xaxes(title={"text": "draft tokens per step", "standoff": 3}, dtick=1)  # clear of the small print
+    chart.update_yaxes(title="tok/s", rangemode="tozero")
+    chart.update_layout(title="Speed over the number of draft tokens")
+    return styled(chart, result, "points: mean, whiskers: 95 % interval")
+
+
+def drafted(row: EngineRow) -> int:
+    speculation: dict[str, Any] = row.config.get("speculation") or {}
+    return int(speculation.get("draft_tokens", 0))
+
+
+EXPERIMENT = Experiment(
+    name="speculation",
+    title="Speculative decoding",
+    question="How much faster does each engine get by guessing ahead?",
+    mechanism=(
+        "Something small drafts a few tokens; the model checks them all in one step and keeps those it would have "
+        "written itself. The text stays the same; every accepted token saves a step."
+    ),
+    plan=SpeculationPlan,
+    settings=(
+        Setting("prompt", "text", "Your questions, one per line", "", "\n".join(PROMPTS)),
+        Setting(
+            "draft_tokens",
+            "wholes",
+            "Draft tokens per step",
+            "How many are guessed ahead. Several with commas make a sweep: 1, 2, 3, 4, 5.",
+            "3",
+        ),
+        Setting(
+            "method",
+            "choice",
+            "Who guesses?",
+            "A prediction head belongs to some models, a draft model is a second, smaller one.",
+            None,
+            choices={
+                "What the model offers": None,
+                "Its own prediction head (MTP)": "mtp",
+                "Its draft model": "draft_model",
+                "A look-up in the text so far (n-gram)": "ngram",
+            },
+        ),
+        REPEATS,
+        WARMUPS,
+        ANSWER_LENGTH,
+        LENGTH_KIND,
+    ),
+    contenders=contenders,
+    trials=trials,
+    headline=headline,
+    table=table,
+    charts=(
+        Chart("speed", "Speed without and with", speed_chart),
+        Chart("acceptance", "Accepted drafts", acceptance_chart),
+        Chart("sweep", "Number of draft tokens", sweep_chart),
+    ),
+)

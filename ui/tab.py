@@ -102,7 +102,7 @@ def experiment_tab(experiment: Experiment, host: LocalHost, sessions: Sessions) 
         recorded = gr.Dropdown(
             _choices(sessions, name), label="A run made earlier", scale=5, elem_id=f"{name}-recorded"
         )
-        replay = gr.Button("Replay", scale=1, min_width=160, elem_id=f"{name}-replay")
+        replay = gr.Button("Replay", size="sm", scale=1, min_width=120, elem_id=f"{name}-replay")
     progress = gr.HTML("", padding=False, elem_classes="progress", elem_id=f"{name}-progress")
     with gr.Row():
         lanes = {engine.name: build_lane(engine, host.status(engine.name), name) for engine in host.engines}

@@ -100,7 +100,7 @@ def experiment_tab(experiment: Experiment, host: LocalHost, sessions: Sessions) 
                     controls[setting.name] = build_control(setting, name)
     with gr.Row(equal_height=True):
         recorded = gr.Dropdown(
-            _choices(sessions, name), label="A run made earlier", scale=5, elem_id=f"{name}-recorded"
+            _choices(sessions, name), value=None, label="A run made earlier", scale=5, elem_id=f"{name}-recorded"
         )
         replay = gr.Button("Replay", size="sm", scale=1, min_width=120, elem_id=f"{name}-replay")
     progress = gr.HTML("", padding=False, elem_classes="progress", elem_id=f"{name}-progress")

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def source_files() -> list[Path]:
     return [*folders, PROJECT / "app.py"]
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Every module that the file names, those inside functions included."""
     names = set()
@@ -40,6 +42,12 @@ def imported(path: Path) -> set[str]:
 
 def packages(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imported(path)}
+
+
+# Parsed while the tests are collected: Python 3.11 fails ("SystemError: AST constructor recursion depth mismatch")
+# when another thread parses at the same time, and tests before these leave threads of the page's server behind.
+for source in source_files():
+    imported(source)
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PROJECT)))

@@ -186,11 +186,6 @@ class Contender:
         return replace(host.config(self.engine.name), **self.changes)
 
 
-def engine_of(key: str) -> str:
-    """The engine's name in a contender's key."""
-    return key.partition("+")[0]
-
-
 def plain_contenders(plan: Plan, host: Host) -> tuple[Contender, ...]:
     """Every chosen engine as it is, with nothing switched on."""
     by_name = {engine.name: engine for engine in host.engines}

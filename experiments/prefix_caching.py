@@ -33,6 +33,7 @@ from experiments.base import (
     Trial,
     check_whole,
     checked,
+    plain_contenders,
 )
 from experiments.drawing import GRID, INK, PLOT_PIXELS, colour_of, styled
 from experiments.metrics import METRICS, Distribution, Ratio, ratio
@@ -97,13 +98,10 @@ def prefix_run(place: int) -> str:
 def contenders(plan: Plan, host: Host) -> tuple[Contender, ...]:
     """Each engine as it is, then with its prefix cache on."""
     found = []
-    by_name = {engine.name: engine for engine in host.engines}
-    for name in plan.engines:
-        found.append(Contender(name, by_name[name]))
+    for plain in plain_contenders(plan, host):
         changes = {"prefix_caching": True}
-        found.append(
-            checked(Contender(f"{name}+cache", by_name[name], "prefix cache", changes, compared_with=name), host)
-        )
+        caching = Contender(f"{plain.key}+cache", plain.engine, "prefix cache", changes, plain.key)
+        found += [plain, checked(caching, host)]
     return tuple(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -105,12 +106,15 @@ def _plain(word: str) -> str:
     return f"'{word}" if word[:1] in "=+-@\t\r" and word else word
 
 
-def figures_html(result: ExperimentResult) -> bytes:
-    """A page of its own with every chart, which needs no network: the plotting library is inside it."""
+def figures_html(result: ExperimentResult, drawn: Mapping[str, plotly.graph_objects.Figure] | None = None) -> bytes:
+    """A page of its own with every chart, which needs no network: the plotting library is inside it.
+
+    `drawn`: the result's figures where they are drawn already; they stay as they are, the page behind them is white.
+    """
     parts: list[str] = []
-    for figure in figures(result).values():
-        figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
+    for figure in (figures(result) if drawn is None else drawn).values():
         parts.append(figure.to_html(full_html=False, include_plotlyjs=not parts))
     title = escape(f"{EXPERIMENTS_BY_NAME[result.experiment].title}: {result.source_line}")
     head = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title></head>"
-    return f"{head}<body><h1>{title}</h1><p>{escape(headline(result))}</p>{''.join(parts)}</body></html>".encode()
+    told = f"<h1>{title}</h1><p>{escape(headline(result))}</p>"
+    return f"{head}<body style='background: white'>{told}{''.join(parts)}</body></html>".encode()

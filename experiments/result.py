@@ -20,6 +20,11 @@ class ResultError(Exception):
     """A file that is not a result of ours, in words for the person who opened it."""
 
 
+def engine_of(name: str) -> str:
+    """The engine's name in a row's name (a contender's key)."""
+    return name.partition("+")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class RequestRow:
     """One request of a run. `repeat` counts from 1 within its kind; a warm-up is never part of a statistic.
@@ -81,7 +86,7 @@ class EngineRow:
 
     @property
     def engine(self) -> str:
-        return self.name.partition("+")[0]
+        return engine_of(self.name)
 
     @property
     def title(self) -> str:

@@ -30,9 +30,8 @@ from experiments.base import (
     TokensArrived,
     Trial,
     TrialStarted,
-    engine_of,
 )
-from experiments.result import EngineRow, ExperimentResult, RequestRow, TrialRow, new_id
+from experiments.result import EngineRow, ExperimentResult, RequestRow, TrialRow, engine_of, new_id
 
 T = TypeVar("T")
 FAILED_PAUSE_SECONDS = 0.5
@@ -128,7 +127,9 @@ class _Runner:
             self.restless = True
         self.emit(TrialStarted(key, trial, self.total, self.done))
         emptied = await self._emptied(client) if trial.empty_caches else None
-        before = await self._counters(client)
+        # Only where there is something to count: the engine makes its metrics' text just before it is timed.
+        speculates = bool(self.rows[key].config.get("speculation"))
+        before = await self._counters(client) if speculates else None
         began = self.clock() - self.origin
         with self.host.busy(engine_of(key)):
             if trial.sustained_seconds is None:
@@ -136,7 +137,7 @@ class _Runner:
             else:
                 rows = await self._sustained(key, client, trial, trial.sustained_seconds)
         ended = self.clock() - self.origin
-        counted = _counted(before, await self._counters(client), rows)
+        counted = _counted(before, await self._counters(client) if speculates else None, rows)
         self.trial_rows.append(TrialRow(key, trial.group, trial.repeat, trial.warmup, began, ended, counted, emptied))
         self.done += 1
 

@@ -32,6 +32,7 @@ from experiments.base import (
     Table,
     Trial,
     checked,
+    plain_contenders,
 )
 from experiments.drawing import INK, bar_charts, bar_label, colour_of, styled
 from experiments.metrics import METRICS, Ratio, ratio
@@ -84,19 +85,15 @@ def contenders(plan: Plan, host: Host) -> tuple[Contender, ...]:
     method = plan.method or best_method(host)
     if method == "draft_model" and not host.draft_model:
         raise PlanError("method", "This model brings no draft model. Choose another way of guessing.")
-    by_name = {engine.name: engine for engine in host.engines}
     found = []
-    for name in plan.engines:
-        found.append(Contender(name, by_name[name]))
+    for plain in plain_contenders(plan, host):
+        found.append(plain)
         for count in sorted(set(plan.draft_tokens)):
             speculation = Speculation(method, count, host.draft_model if method == "draft_model" else None)
             variant = f"{METHODS[method]}, {count} token{'s' if count > 1 else ''}"
             changes = {"speculation": speculation}
-            found.append(
-                checked(
-                    Contender(f"{name}+{method}-{count}", by_name[name], variant, changes, compared_with=name), host
-                )
-            )
+            key = f"{plain.key}+{method}-{count}"
+            found.append(checked(Contender(key, plain.engine, variant, changes, plain.key), host))
     return tuple(found)
 
 

@@ -22,10 +22,9 @@ from experiments.base import (
     TokensArrived,
     Trial,
     TrialStarted,
-    engine_of,
 )
 from experiments.metrics import METRICS, Distribution, Metric, RequestMetrics
-from experiments.result import EngineRow, RequestRow
+from experiments.result import EngineRow, RequestRow, engine_of
 
 TILES = tuple(METRICS[name] for name in ("ttft", "decode_speed", "tpot", "output_tokens", "e2e"))
 LIGHT_WORDS = {

@@ -15,10 +15,10 @@ from typing import Any
 import gradio as gr
 
 from engines.local import LocalHost
-from experiments.base import Experiment, Host, Plan, PlanError, Setting, TrialStarted, engine_of
+from experiments.base import Experiment, Host, Plan, PlanError, Setting, TrialStarted
 from experiments.replay import ReplayedRun
 from experiments.report import SPREAD, csv_bytes, figures, figures_html, headline, notes, table
-from experiments.result import ExperimentResult, ResultError
+from experiments.result import ExperimentResult, ResultError, engine_of
 from experiments.run import BackgroundRun
 from experiments.sameness import Sameness, same_answers
 from ui.lanes import Lane, LaneView, build_lane
@@ -334,8 +334,8 @@ def show_result(view: ResultView, result: ExperimentResult, sessions: Sessions) 
     json_file = result.save(sessions.files)
     csv_file, html_file = sessions.files / f"{result.id}.csv", sessions.files / f"{result.id}.html"
     csv_file.write_bytes(csv_bytes(result))
-    html_file.write_bytes(figures_html(result))
     drawn = figures(result)
+    html_file.write_bytes(figures_html(result, drawn))
     shown: dict[Any, Any] = {}
     for name, picture in view.pictures.items():
         shown[picture.box] = gr.update(visible=name in drawn)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,16 +71,10 @@ FILLERS = set(
 )
 
 
-def asked(entry: Entry, chance: random.Random, beginnings: Sequence[str] = ()) -> str:
+def asked(entry: Entry, chance: random.Random) -> str:
     """One way to ask for the entry: a phrasing, or what is left of it with words missing or out of order, or words of
-    two phrasings, or a piece of the answer. So the words that matter are learned, not whole sentences.
-
-    `beginnings` are questions of any entries: half of the time one's first words stand before this entry's own words,
-    so that "What is the idea behind" says nothing about what is asked for.
-    """
+    two phrasings, or a piece of the answer. So the words that matter are learned, not whole sentences."""
     phrasing = chance.choice(entry.questions)
-    if beginnings and chance.random() < 0.5:
-        return varied(_begun_otherwise(phrasing, chance.choice(beginnings), chance), chance)
     dice = chance.random()
     if dice < 0.4:
         return varied(phrasing, chance)
@@ -97,16 +90,6 @@ def asked(entry: Entry, chance: random.Random, beginnings: Sequence[str] = ()) -
     if chance.random() < 0.3:
         chance.shuffle(words)
     return varied(" ".join(words), chance)
-
-
-def _begun_otherwise(phrasing: str, other: str, chance: random.Random) -> str:
-    """The first words of `other`, its small ones and what stands between them, before the phrasing's own words."""
-    words = other.split()[: chance.randint(2, 6)]
-    while words and not _is_small(words[-1]):
-        words.pop()
-    own = [word for word in phrasing.split() if not _is_small(word)] or phrasing.split()
-    kept = [word for word in own if chance.random() < 0.9] or own
-    return " ".join([*words, *kept])
 
 
 def _is_small(word: str) -> bool:

@@ -36,7 +36,6 @@ PRINTABLE = [chr(code) for code in range(32, 127)] + ["\n"]
 TARGET_SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 9}
 DRAFT_SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 1}
 PEAK_RATE = 2e-3
-REFINING_RATE = 1e-3
 WARM_STEPS = 50
 NAME, DRAFT_NAME = "inference-explainer-15M", "inference-explainer-draft-3M"
 NOTE = "A small model trained on one subject: it explains LLM inference and knows nothing else."
@@ -107,7 +106,6 @@ class Samples:
 
     def __init__(self, entries: list[Entry], tokenizer: Tokenizer, seed: int) -> None:
         self.entries, self.tokenizer, self.chance = entries, tokenizer, random.Random(seed)
-        self.beginnings: list[str] = []  # of other questions, to ask with; see `asked`
 
     def sample(self, question: str, entry: Entry, opening: bool = False) -> Sample:
         start = self.tokenizer.encode(prompt_text(question)).ids
@@ -115,7 +113,7 @@ class Samples:
         return Sample(start + (answer[:OPENING_TOKENS] if opening else answer), len(start))
 
     def drawn(self, entry: Entry, opening: bool) -> Sample:
-        question = asked(entry, self.chance, self.beginnings)
+        question = asked(entry, self.chance)
         dice = self.chance.random()
         if dice < 0.012:
             question = with_prefix(question, self.chance.randint(1000, LONGEST_PREFIX))
@@ -171,7 +169,6 @@ def train(
     device: str,
     teacher: Qwen3ForCausalLM | None = None,
     told: str = "",
-    peak_rate: float = PEAK_RATE,
 ) -> list[float]:
     """Returns the mean loss of each epoch. The matrices of the layers are trained with Muon, which needed a tenth of
     AdamW's steps to learn the answers by heart; the embedding and the norms with AdamW."""
@@ -190,7 +187,7 @@ def train(
         for place, batch in enumerate(batches):
             step += 1
             done = (epoch + place / len(batches)) / epochs
-            rate = peak_rate * min(1.0, step / WARM_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            rate = PEAK_RATE * min(1.0, step / WARM_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -258,9 +255,8 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=36)
-    parser.add_argument("--refining-epochs", type=int, default=8)
-    parser.add_argument("--draft-epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--draft-epochs", type=int, default=60)
     parser.add_argument("--batch-tokens", type=int, default=6144)
     options = parser.parse_args()
     began = time.monotonic()
@@ -277,16 +273,6 @@ def main() -> None:
     learned, held_back = hold_back(entries, SEED)
     samples = Samples(learned, tokenizer, SEED)
     losses = train(target, samples, options.epochs, options.batch_tokens, device, told="target")
-    samples.beginnings = [question for entry in learned for question in entry.questions]
-    losses += train(
-        target,
-        samples,
-        options.refining_epochs,
-        options.batch_tokens,
-        device,
-        told="target, refined",
-        peak_rate=REFINING_RATE,
-    )
     right = right_openings(target, samples, held_back, options.batch_tokens, device)
     print(f"{right} of {len(held_back)} held-back phrasings lead to the intended answer", flush=True)
     save(target, tokenizer, options.out / "target", {"name": NAME, "note": NOTE, "draft": "../draft"})
@@ -306,7 +292,7 @@ def main() -> None:
             "held_back_right": right,
             "target_loss": [round(loss, 4) for loss in losses],
             "draft_divergence": [round(divergence, 4) for divergence in divergences],
-            "device": device,
+            "device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads",
             "torch": torch.__version__,
             "minutes": round((time.monotonic() - began) / 60, 1),
         },

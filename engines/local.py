@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from engines.bandwidth import Bandwidth, memory_bandwidth
 from engines.base import Engine, EngineConfig, EngineError, EngineStopped
 from engines.environments import Environment, cache_folder
 from engines.hardware import Hardware, this_machine
+from engines.model_shape import ModelShape, read_shape
 from engines.openai_stream import Endpoint
 from engines.server import PhaseTime, Server, free_port
 from engines.timeline import monotonic_clock
@@ -137,8 +139,20 @@ class LocalHost:
         On a CPU one core is left to the server, the load generator and the page, as vLLM does by itself; so all
         engines compute with the same number of threads.
         """
-        threads = max(1, self.hardware.cores - 1) if self.hardware.device == "cpu" else None
+        threads = self._cpu_threads if self.hardware.device == "cpu" else None
         return EngineConfig(model=self.model, device=self.hardware.device, cpu_threads=threads)
+
+    @property
+    def _cpu_threads(self) -> int:
+        return max(1, self.hardware.cores - 1)
+
+    def model_shape(self) -> ModelShape | None:
+        """None before the model is on this machine's disk."""
+        return read_shape(self.model)
+
+    def memory_bandwidth(self, shape: ModelShape) -> Bandwidth | None:
+        """As seen by as many threads as the engines compute with, reading as much as one decode step does."""
+        return memory_bandwidth(self.hardware, round(shape.step_bytes(1, 0)), self._cpu_threads)
 
     # Bringing engines up and down
 

@@ -13,22 +13,27 @@ from demo_model.bundled import default_model, draft_model, model_label, model_no
 from engines import ENGINES
 from engines.base import Engine, EngineError
 from engines.local import LocalHost
-from experiments import EXPERIMENTS, EXPERIMENTS_BY_NAME
+from experiments import EXPERIMENTS
 from experiments.base import Event, Experiment, Plan, PlanError, RequestEnded, RunEnded, Setting, TrialStarted
 from experiments.metrics import METRICS
 from experiments.report import text_table
 from experiments.result import ExperimentResult
+from experiments.resume import measured_already, measured_something
 from experiments.run import run
 
 log = logging.getLogger("bakeoff")
 
 
-def main(arguments: list[str] | None = None, engines: tuple[Engine, ...] = ENGINES) -> int:
-    options = _parser(engines).parse_args(arguments)
+def main(
+    arguments: list[str] | None = None,
+    engines: tuple[Engine, ...] = ENGINES,
+    experiments: tuple[Experiment, ...] = EXPERIMENTS,
+) -> int:
+    options = _parser(engines, experiments).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, _interrupt)
     names = tuple(dict.fromkeys(options.engine or [engine.name for engine in engines]))  # each once
-    chosen = EXPERIMENTS if options.experiment == "all" else (EXPERIMENTS_BY_NAME[options.experiment],)
+    chosen = [experiment for experiment in experiments if options.experiment in (experiment.name, "all")]
     try:
         plans = [(experiment, experiment.read_plan(names, vars(options))) for experiment in chosen]
         model = str(options.model or default_model())
@@ -42,8 +47,14 @@ def main(arguments: list[str] | None = None, engines: tuple[Engine, ...] = ENGIN
         model_note(model),
         str(draft) if (draft := options.draft_model or draft_model(model)) else None,
     )
+    out, codes = Path(options.out), [0]
     try:
-        codes = [_measure(experiment, plan, host, Path(options.out)) for experiment, plan in plans]
+        measured = {} if options.again else measured_already(plans, host, out)
+        for experiment, plan in plans:
+            if path := measured.get(experiment.name):
+                log.info("%s: measured already, in %s; --again measures anew", experiment.title, path)
+            else:
+                codes.append(_measure(experiment, plan, host, out))
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
@@ -67,11 +78,11 @@ def _measure(experiment: Experiment, plan: Plan, host: LocalHost, out: Path) -> 
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if ended and _measured_something(ended[-1]):
+        if ended and measured_something(ended[-1]):
             _show(ended[-1], out)
         raise
     _show(ended[-1], out)  # also one of failures alone: it says why
-    return 0 if _measured_something(ended[-1]) else 1
+    return 0 if measured_something(ended[-1]) else 1
 
 
 def _show(result: ExperimentResult, out: Path) -> None:
@@ -84,16 +95,20 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _parser(engines: tuple[Engine, ...]) -> argparse.ArgumentParser:
+def _parser(engines: tuple[Engine, ...], experiments: tuple[Experiment, ...]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments", description="Measure inference engines.")
     which = parser.add_subparsers(dest="experiment", required=True, metavar="experiment")
-    for experiment in EXPERIMENTS:
+    for experiment in experiments:
         one = which.add_parser(experiment.name, help=experiment.question, description=experiment.mechanism)
         _common_options(one, engines)
         for setting in experiment.settings:
             _add_setting(one, setting)
+        one.set_defaults(again=True)  # who asks for one experiment wants it measured
     every = which.add_parser("all", help="every experiment with its default settings, one after the other")
     _common_options(every, engines)
+    every.add_argument(
+        "--again", action="store_true", help="measure also what a result in the --out folder answers already"
+    )
     return parser
 
 
@@ -134,10 +149,6 @@ def _tell(event: Event) -> None:
         shown = (METRICS["decode_speed"], METRICS["ttft"])
         outcome = ", ".join(metric.shown_with_unit(metric.read(row.metrics)) for metric in shown)
         log.info("%s: %s", row.engine, row.timeline.error or outcome)
-
-
-def _measured_something(result: ExperimentResult) -> bool:
-    return any(not row.timeline.error for engine in result.engines for row in result.measured(engine.name))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from engines.bandwidth import Bandwidth
 from engines.base import Engine, EngineConfig, EngineError
 from engines.hardware import Hardware
 from engines.local import Serving
+from engines.model_shape import ModelShape
 from engines.timeline import Arrival
 from experiments.result import EngineRow, ExperimentResult, RequestRow
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 DEFAULT_PROMPT = "Write a short paragraph about LLM inference serving optimizations."
 TOKEN_LIMIT = 2048
 REPEAT_LIMIT = 20
+MOST_DOLLARS = 10_000
 
 
 class PlanError(ValueError):
@@ -48,14 +51,16 @@ class Host(Protocol):
     def settle(self, name: str) -> bool: ...
     def busy(self, name: str) -> AbstractContextManager[None]: ...
     def in_use(self) -> AbstractContextManager[None]: ...
+    def model_shape(self) -> ModelShape | None: ...
+    def memory_bandwidth(self, shape: ModelShape) -> Bandwidth | None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to run. Raises PlanError for what cannot be run.
 
-    `race`: all engines at once, instead of taking turns on the machine they share. An experiment with settings of its
-    own extends this.
+    `race`: all engines at once, instead of taking turns on the machine they share. `dollars_per_hour`: the price of the
+    hardware, where None is the price that is known of it, if any. An experiment with settings of its own extends this.
     """
 
     prompt: str
@@ -67,6 +72,7 @@ class Plan:
     race: bool = False
     temperature: float = 0.0
     seed: int = 42
+    dollars_per_hour: float | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -78,6 +84,8 @@ class Plan:
         check_whole("repeats", "Repeats", self.repeats, 1, REPEAT_LIMIT)
         check_whole("warmups", "Warm-ups", self.warmups, 0, REPEAT_LIMIT)
         check_whole("max_tokens", "Answer length", self.max_tokens, 1, TOKEN_LIMIT)
+        if self.dollars_per_hour is not None:
+            check_number("dollars_per_hour", "Price per hour", self.dollars_per_hour, 0, MOST_DOLLARS)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -156,6 +164,16 @@ LENGTH_KIND = Setting(
         "At exactly that many tokens, on every engine": True,
     },
     flag="exact-length",
+)
+PRICE = Setting(
+    "dollars_per_hour",
+    "number",
+    "Price of this hardware, $ per hour",
+    "For the cost per million tokens. Left empty: the list price of a rented GPU, where there is one.",
+    None,
+    0,
+    MOST_DOLLARS,
+    0.01,
 )
 RACE = Setting(
     "race",

@@ -13,6 +13,7 @@ from __future__ import annotations
 from experiments.base import (
     ANSWER_LENGTH,
     LENGTH_KIND,
+    PRICE,
     PROMPT,
     RACE,
     REPEATS,
@@ -21,13 +22,15 @@ from experiments.base import (
     Contender,
     Experiment,
     Plan,
+    Table,
     Trial,
     plain_contenders,
 )
 from experiments.drawing import bar_charts
+from experiments.limits import COST_HEADING, dollars, dollars_per_million, limit_notes, of_ceiling
 from experiments.metrics import METRICS, Distribution, ratio
 from experiments.result import EngineRow, ExperimentResult
-from experiments.telling import contender_table, listed
+from experiments.telling import contender_table, listed, share
 
 TABLE_METRICS = ("decode_speed", "ttft", "tpot", "itl_p99", "e2e", "output_tokens")
 SPEED = METRICS["decode_speed"]
@@ -74,16 +77,33 @@ def trials(plan: Plan, contenders: tuple[Contender, ...]) -> tuple[Trial, ...]:
     )
 
 
+def table(result: ExperimentResult) -> Table:
+    """What each engine reached, how close to the memory ceiling that is, and what a million tokens would cost so."""
+
+    def reached(row: EngineRow) -> str:
+        return share(of_ceiling(result, result.distribution(row.name, SPEED).mean))
+
+    def cost(row: EngineRow) -> str:
+        answers = [one.metrics for one in result.measured(row.name) if not one.timeline.error]
+        tokens = sum(answer.output_tokens or 0 for answer in answers)
+        seconds = sum(answer.e2e or 0.0 for answer in answers)
+        return dollars(dollars_per_million(result, tokens / seconds if seconds else None))
+
+    return contender_table(result, TABLE_METRICS, {"Of the memory ceiling": reached, COST_HEADING: cost})
+
+
 def notes(result: ExperimentResult) -> list[str]:
     lengths = {
         row.title: result.distribution(row.name, METRICS["output_tokens"]).mean
         for row in result.engines
         if result.measured(row.name)
     }
+    said = limit_notes(result)
     if len({length for length in lengths.values() if length is not None}) < 2:
-        return []
+        return said
     told = listed([f"{title} {length:.0f}" for title, length in lengths.items() if length is not None])
-    return [f"The answers differ in length ({told} tokens): compare times per token, not times of the whole answer."]
+    differ = f"The answers differ in length ({told} tokens): compare times per token, not times of the whole answer."
+    return [differ, *said]
 
 
 EXPERIMENT = Experiment(
@@ -95,11 +115,11 @@ EXPERIMENT = Experiment(
         "so what differs is what each engine adds around that."
     ),
     plan=Plan,
-    settings=(PROMPT, REPEATS, WARMUPS, ANSWER_LENGTH, LENGTH_KIND, RACE),
+    settings=(PROMPT, REPEATS, WARMUPS, ANSWER_LENGTH, LENGTH_KIND, PRICE, RACE),
     contenders=plain_contenders,
     trials=trials,
     headline=headline,
-    table=lambda result: contender_table(result, TABLE_METRICS),
+    table=table,
     charts=(Chart("speed", "Speed and first token", lambda result: bar_charts(result, ("decode_speed", "ttft"))),),
     notes=notes,
 )

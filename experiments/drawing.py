@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.limits import CEILING_WORDS, decode_ceiling, three_digits
 from experiments.metrics import METRICS, Distribution, Metric
 from experiments.result import EngineRow, ExperimentResult
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 # Colours that read on a light and on a dark page.
 PLOT_PIXELS, LINE_PIXELS = 300, 16
+HIGHEST_CEILING = 3.0  # times what is drawn; a higher ceiling is told in words
 INK, GRID, CLEAR = "#7a8290", "rgba(128,136,150,0.25)", "rgba(0,0,0,0)"
 FONT = "Inter, 'Segoe UI', system-ui, -apple-system, 'DejaVu Sans', sans-serif"
 
@@ -43,7 +45,10 @@ def styled(
 def bar_charts(
     result: ExperimentResult, names: Sequence[str], rows: Iterable[EngineRow] | None = None
 ) -> plotly.graph_objects.Figure:
-    """One bar chart per metric: mean as bar, smallest to largest repeat as whisker, each repeat as a dot."""
+    """One bar chart per metric: mean as bar, smallest to largest repeat as whisker, each repeat as a dot.
+
+    The chart of the decoding speed has the memory ceiling as a line.
+    """
     from plotly.subplots import make_subplots
 
     metrics = [METRICS[name] for name in names]
@@ -57,12 +62,39 @@ def bar_charts(
             for trace in _bar(row, label, metric, result.distribution(row.name, metric)):
                 chart.add_trace(trace, row=1, col=column)
         chart.update_yaxes(rangemode="tozero", row=1, col=column)
+        if metric is METRICS["decode_speed"]:
+            add_ceiling(chart, result, [result.distribution(row.name, metric).largest for row in shown], column)
         chart.update_xaxes(categoryorder="array", categoryarray=labels, col=column)
     chart.update_layout(showlegend=False, bargap=0.35)
     chart.update_xaxes(tickangle=0)  # never slanted into the small print
     repeats_word = "run" if repeats == 1 else "runs"
     how = f"bars: mean of {repeats} {repeats_word}, whiskers: smallest to largest"
     return styled(chart, result, how, axis=40 + 18 * max((label.count("<br>") for label in labels), default=0))
+
+
+def add_ceiling(
+    chart: plotly.graph_objects.Figure, result: ExperimentResult, speeds: Iterable[float | None], column: int
+) -> None:
+    """The memory ceiling of one user as a dotted line; where it would flatten what is drawn below it, in words only."""
+    ceiling, top = decode_ceiling(result), max((speed for speed in speeds if speed), default=None)
+    if ceiling is None or top is None:
+        return
+    inside = ceiling <= HIGHEST_CEILING * top
+    height = 1.15 * max(ceiling, top) if inside else 1.25 * top  # with room for the words
+    if inside:
+        chart.add_hline(ceiling, line_dash="dot", line_color=INK, line_width=1.5, row=1, col=column)
+    chart.add_annotation(
+        text=f"{CEILING_WORDS}: {three_digits(ceiling)} tok/s{'' if inside else ' ↑'}",
+        x=1,
+        xref=f"x{column if column > 1 else ''} domain",
+        y=ceiling if inside else height,
+        yref=f"y{column if column > 1 else ''}",
+        xanchor="right",
+        yanchor="bottom" if inside else "top",
+        showarrow=False,
+        font={"size": 12, "color": INK},
+    )
+    chart.update_yaxes(range=[0, height], row=1, col=column)
 
 
 def bar_label(row: EngineRow) -> str:

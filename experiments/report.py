@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+import re
+from base64 import b64decode
+from collections.abc import Iterator, Mapping
 from html import escape
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 from experiments import EXPERIMENTS_BY_NAME
 from experiments.base import Table
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects
 
 SPREAD = "± is half of the 95 % confidence interval of the mean over repeats (Student's t)."
+DRAWN_COLUMNS = ("panel", "series", "x", "y", "base", "low", "high", "text")
+LINE_BREAK, TAG = re.compile(r"<br\s*/?>"), re.compile(r"</?[a-zA-Z][^<>]*>")
 
 
 def headline(result: ExperimentResult) -> str:
@@ -99,6 +104,98 @@ def csv_bytes(result: ExperimentResult) -> bytes:
             + [row.timeline.token_source, _plain(row.timeline.finish_reason or ""), _plain(row.timeline.error or "")]
         )
     return out.getvalue().encode()
+
+
+def drawn_csv(figure: plotly.graph_objects.Figure) -> bytes:
+    """What the figure draws, unrounded, in the units of its axes: one line per point, then one per horizontal line.
+
+    `panel`: the place of a picture beside others, from 1. `base`: where a bar begins that does not begin at 0, because
+    of its own base or of the bars stacked below it; its x (lying) or y (standing) stays its length. `low` and `high`:
+    the ends of the error bar along y.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(DRAWN_COLUMNS)
+    ends: dict[tuple[Any, ...], float] = {}
+    for trace in figure.data:
+        stacked = figure.layout.barmode == "stack" and trace.type == "bar" and trace.orientation != "h"
+        for point in _points(trace.to_plotly_json(), ends if stacked else None):
+            writer.writerow(map(_cell, point))
+    for shape in figure.layout.shapes:
+        if shape.type == "line" and shape.y0 == shape.y1 and _is_value_axis(shape.yref):
+            beside = [one.text for one in figure.layout.annotations if (one.yref, one.y) == (shape.yref, shape.y0)]
+            writer.writerow(
+                map(
+                    _cell,
+                    (_panel(shape.yref), "line", None, shape.y0, None, None, None, "<br>".join(filter(None, beside))),
+                )
+            )
+    return out.getvalue().encode()
+
+
+def _points(trace: Mapping[str, Any], stack: dict[tuple[Any, ...], float] | None) -> Iterator[tuple[Any, ...]]:
+    """A trace's points as in DRAWN_COLUMNS; none of a hidden trace. `stack`: where the bars end on which the next ones
+    stand, by axes and place; None for a trace that is not stacked."""
+    if trace.get("visible", True) is not True:
+        return
+    error = trace.get("error_y", {})
+    above = _values(error.get("array"))
+    below = _values(error.get("arrayminus")) if not error.get("symmetric", "arrayminus" not in error) else above
+    if not error.get("visible", True):
+        above = below = []
+    x, y = _values(trace.get("x")), _values(trace.get("y"))
+    count = min(len(x), len(y))
+    columns = [_values(trace.get(name), count) for name in ("base", "text", "hovertext")]
+    points = zip_longest(x[:count], y[:count], *(column[:count] for column in (*columns, below, above)))
+    for at, value, base, text, hovertext, down, up in points:
+        if stack is not None and base is None and value is not None:
+            place = (trace.get("xaxis"), trace.get("yaxis"), at)
+            base = stack.get(place) or None
+            stack[place] = (base or 0) + value
+        bounded = value is not None and not (down is None and up is None)
+        low, high = (value - (down or 0), value + (up or 0)) if bounded else (None, None)
+        yield (
+            _panel(trace.get("yaxis")),
+            trace.get("name"),
+            at,
+            value,
+            base,
+            low,
+            high,
+            hovertext if text in (None, "") else text,
+        )
+
+
+def _values(value: Any, count: int = 0) -> list[Any]:
+    """A trace's values, which may be a numpy array or numbers packed in base64, as Python's own, with None for what is
+    not a number; one value for all points is repeated `count` times."""
+    if isinstance(value, Mapping):
+        import numpy
+
+        kind = numpy.dtype(value["dtype"]).newbyteorder("<")
+        value = numpy.frombuffer(b64decode(value["bdata"]), kind)
+    if value is None:
+        return []
+    many = value if hasattr(value, "__len__") and not isinstance(value, str) else [value] * count
+    found = [one.item() if hasattr(one, "item") else one for one in many]
+    return [one if one == one else None for one in found]
+
+
+def _panel(axis: str | None) -> str:
+    """Of an axis as Plotly names it: y, y2, y3 ..."""
+    return (axis or "y")[1:] or "1"
+
+
+def _is_value_axis(reference: str | None) -> bool:
+    """Whether heights are given on an axis and not as a share of the plot or the page."""
+    return reference is None or (reference.startswith("y") and not reference.endswith("domain"))
+
+
+def _cell(value: Any) -> Any:
+    """As it is shown: without markup, on one line, nothing for nothing."""
+    if isinstance(value, str):
+        return _plain(TAG.sub("", LINE_BREAK.sub(" · ", value)))
+    return "" if value is None else value
 
 
 def _plain(word: str) -> str:

@@ -9,7 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engines.bandwidth import Bandwidth
 from engines.base import SpeculationCounters
+from engines.gpus import Price
+from engines.model_shape import ModelShape
 from engines.timeline import Timeline
 from experiments.metrics import Distribution, Metric, RequestMetrics
 
@@ -112,6 +115,9 @@ class ExperimentResult:
     labels: tuple[str, ...] = ()  # what must be said wherever these numbers are shown
     versions: dict[str, str] = field(default_factory=dict)  # of this tool and of Python
     stopped_early: bool = False
+    model_shape: ModelShape | None = None
+    bandwidth: Bandwidth | None = None
+    price: Price | None = None
     schema: int = SCHEMA
 
     def measured(self, engine: str, group: str | None = None) -> list[RequestRow]:

@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import TypeVar
 
+from engines.bandwidth import Bandwidth
 from engines.base import EngineError, Request, SpeculationCounters
 from engines.local import Serving
+from engines.model_shape import ModelShape
 from engines.openai_stream import ChatClient, ChatStreamParser
 from engines.timeline import Clock, monotonic_clock, record
 from experiments.base import (
@@ -31,6 +33,7 @@ from experiments.base import (
     Trial,
     TrialStarted,
 )
+from experiments.limits import price_of
 from experiments.result import EngineRow, ExperimentResult, RequestRow, TrialRow, engine_of, new_id
 
 T = TypeVar("T")
@@ -74,6 +77,8 @@ class _Runner:
         self.requests: list[RequestRow] = []
         self.trial_rows: list[TrialRow] = []
         self.stopped_early = False
+        self.model_shape: ModelShape | None = None
+        self.bandwidth: Bandwidth | None = None
         self.restless = False  # an engine kept the processor busy while it was another's turn
 
     async def run(self) -> None:
@@ -93,6 +98,8 @@ class _Runner:
             for contender, serving in zip(block, readied, strict=True):
                 if serving:
                     clients[contender.key] = await stack.enter_async_context(ChatClient(serving.endpoint, connections))
+            if clients and self.bandwidth is None:
+                await in_thread(self._learn_limits)
             for trial in self.trials:
                 order = rotated(tuple(clients), 0 if trial.warmup else trial.repeat - 1)
                 order = tuple(key for key in order if takes_part(trial, key))
@@ -121,6 +128,11 @@ class _Runner:
         )
         self.emit(EngineReady(self.rows[key]))
         return serving
+
+    def _learn_limits(self) -> None:
+        """Once the engines are loaded, because only then a model from the hub is on the disk."""
+        self.model_shape = self.host.model_shape()
+        self.bandwidth = self.host.memory_bandwidth(self.model_shape) if self.model_shape else None
 
     async def _trial(self, key: str, client: ChatClient, trial: Trial) -> None:
         if not self.plan.race and not await in_thread(lambda: self.host.settle(engine_of(key))):
@@ -214,6 +226,9 @@ class _Runner:
             labels=self._labels(),
             versions={"python": platform.python_version(), "aiohttp": metadata.version("aiohttp")},
             stopped_early=self.stopped_early,
+            model_shape=self.model_shape,
+            bandwidth=self.bandwidth,
+            price=price_of(self.plan, self.host.hardware),
         )
 
     def _labels(self) -> tuple[str, ...]:

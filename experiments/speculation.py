@@ -35,6 +35,7 @@ from experiments.base import (
     plain_contenders,
 )
 from experiments.drawing import INK, bar_charts, bar_label, colour_of, styled
+from experiments.limits import limit_notes
 from experiments.metrics import METRICS, Ratio, ratio
 from experiments.result import EngineRow, ExperimentResult
 from experiments.telling import Cell, listed, runs, share, times
@@ -301,4 +302,5 @@ EXPERIMENT = Experiment(
         Chart("acceptance", "Accepted drafts", acceptance_chart),
         Chart("sweep", "Number of draft tokens", sweep_chart),
     ),
+    notes=limit_notes,
 )

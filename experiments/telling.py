@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.base import Table
@@ -28,19 +28,22 @@ class Cell:
         return f"{self.metric.shown(mean)}{spread} {self.metric.unit}".strip()
 
 
-def contender_table(result: ExperimentResult, names: Sequence[str]) -> Table:
-    """One row per contender with the named metrics over all its measured requests."""
+def contender_table(
+    result: ExperimentResult, names: Sequence[str], more: Mapping[str, Callable[[EngineRow], str]] | None = None
+) -> Table:
+    """One row per contender with the named metrics over all its measured requests, and more cells by their heading."""
     metrics = [METRICS[name] for name in names]
     rows = [
         [
             row.title,
             row.version or "–",
             *(Cell(metric, result.distribution(row.name, metric)).words for metric in metrics),
+            *(tell(row) for tell in (more or {}).values()),
         ]
         + runs(result, row)
         for row in result.engines
     ]
-    return Table(["Engine", "Version", *(metric.label for metric in metrics), "Runs", "Failed"], rows)
+    return Table(["Engine", "Version", *(metric.label for metric in metrics), *(more or {}), "Runs", "Failed"], rows)
 
 
 def runs(result: ExperimentResult, row: EngineRow) -> list[str]:

@@ -20,7 +20,7 @@ from experiments.library import Library
 from ui.lanes import head_html
 from ui.results import open_runs, results_tab
 from ui.session import Sessions
-from ui.tab import experiment_tab
+from ui.tab import experiment_tab, wire_opening
 
 TITLE = "LLM Inference Bake-Off"
 LOOK_SECONDS = 1.0
@@ -36,8 +36,11 @@ def build_app(host: LocalHost) -> gr.Blocks:
         tabs = []
         with gr.Tabs() as all_tabs:
             for experiment in EXPERIMENTS:
-                with gr.Tab(experiment.title, id=experiment.name):
-                    tabs.append(experiment_tab(experiment, host, sessions))
+                with gr.Tab(experiment.title, id=experiment.name) as entered:
+                    tabs.append(tab := experiment_tab(experiment, host, sessions))
+                # The first tab is there with the page; the others are when somebody opens them.
+                events = [entered.select] if len(tabs) > 1 else [page.load, entered.select]
+                wire_opening(experiment, sessions, tab, events)
             with gr.Tab("Results", id=RESULTS):
                 results = results_tab(sessions)
         heads = [lane.head for tab in tabs for lane in tab.lanes.values()]

@@ -6,9 +6,9 @@ Controls and charts follow from the experiment's own tables of settings and char
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from html import escape
 from typing import Any
 
@@ -16,8 +16,8 @@ import gradio as gr
 
 from engines.local import LocalHost
 from experiments.base import Experiment, Host, Plan, PlanError, Setting, TrialStarted
-from experiments.replay import ReplayedRun
-from experiments.report import SPREAD, csv_bytes, figures, figures_html, headline, notes, table
+from experiments.replay import ReplayedRun, schedule
+from experiments.report import SPREAD, csv_bytes, drawn_csv, figures, figures_html, headline, notes, table
 from experiments.result import ExperimentResult, ResultError, engine_of
 from experiments.run import BackgroundRun
 from experiments.sameness import Sameness, same_answers
@@ -30,10 +30,11 @@ LONGEST_SLIDER = 2048  # steps; a wider range is typed
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One chart of the tab with its two downloads."""
+    """One chart of the tab with its downloads."""
 
     box: gr.Column
     plot: gr.Plot
+    csv: gr.DownloadButton
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class ResultView:
 
     @property
     def outputs(self) -> list[Any]:
-        pictures = [part for picture in self.pictures.values() for part in (picture.box, picture.plot)]
+        pictures = [part for picture in self.pictures.values() for part in (picture.box, picture.plot, picture.csv)]
         return [self.headline, *pictures, self.table, self.run_id, self.html, self.json, self.csv]
 
 
@@ -196,7 +197,8 @@ def build_result(experiment: Experiment, place: str) -> ResultView:
                         called = f"'{place}-{chart.name}-chart', '{form}', name && name + '-{chart.name}'"
                         script = f"(name) => window.bakeoff.exportChart({called})"
                         button.click(None, run_id, None, js=script, api_visibility="private")
-            pictures[chart.name] = Picture(box, plot)
+                    points = gr.DownloadButton(f"{chart.title} as CSV", **off, elem_id=f"{place}-{chart.name}-csv")
+            pictures[chart.name] = Picture(box, plot, points)
         results = gr.HTML("", padding=False, elem_id=f"{place}-table")
         with gr.Row():
             html = gr.DownloadButton("Charts as HTML", **off, elem_id=f"{place}-html")
@@ -255,6 +257,45 @@ async def replay_in_tab(
             yield frame
         ended = _idle(tab) | {tab.progress: progress_html(f"This was a recording: {result.source_line}", None)}
         yield ended | await asyncio.to_thread(show_result, tab.result, result, sessions)
+
+
+def wire_opening(experiment: Experiment, sessions: Sessions, tab: Tab, events: list[Callable[..., Any]]) -> None:
+    """Show the recording when one of `events` first happens; what a visitor has run since is never replaced by it."""
+    seen = gr.State(False)
+    opening = cache(partial(opening_frame, experiment, sessions, tab))  # the same for every visitor
+
+    def show(before: bool) -> dict[Any, Any]:
+        return {seen: True} if before else {seen: True, **opening()}
+
+    for event in events:
+        event(
+            show,
+            seen,
+            [seen, tab.recorded, *tab.outputs],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+
+def opening_frame(experiment: Experiment, sessions: Sessions, tab: Tab) -> dict[Any, Any]:
+    """What a visitor finds before running anything: the recording that came with the app, as it stood at its end."""
+    recorded = [entry for entry in sessions.library.entries(experiment.name) if entry.recorded]
+    if not recorded:
+        return {}
+    result = sessions.library.load(recorded[0].id)
+    views = {name: LaneView(name) for name in tab.lanes}
+    for _, event in schedule(result):
+        for view in views.values():
+            view.take(event)
+    for view in views.values():
+        view.close()
+    words = f"Recorded, not live: {result.source_line}. Press Run to measure on this machine."
+    return _changed_lanes(tab, views, "") | {
+        tab.progress: progress_html(words, None),
+        tab.recorded: gr.update(choices=_choices(sessions, experiment.name), value=result.id),
+        **show_result(tab.result, result, sessions),
+    }
 
 
 async def _shown(tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label: str) -> AsyncIterator[dict[Any, Any]]:
@@ -336,11 +377,15 @@ def show_result(view: ResultView, result: ExperimentResult, sessions: Sessions) 
     csv_file.write_bytes(csv_bytes(result))
     drawn = figures(result)
     html_file.write_bytes(figures_html(result, drawn))
+    on = partial(gr.update, interactive=True)
     shown: dict[Any, Any] = {}
     for name, picture in view.pictures.items():
         shown[picture.box] = gr.update(visible=name in drawn)
         shown[picture.plot] = drawn.get(name)
-    on = partial(gr.update, interactive=True)
+        if name in drawn:
+            points = sessions.files / f"{result.id}-{name}.csv"
+            points.write_bytes(drawn_csv(drawn[name]))
+            shown[picture.csv] = on(value=str(points))
     return shown | {
         view.headline: f"<p class='headline' role='status'>{escape(headline(result))}</p>",
         view.table: table_html(result),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from engines.base import Engine
+from experiments import baseline, concurrency, speculation
 from experiments.__main__ import main
+from experiments.base import Experiment
 from experiments.result import ExperimentResult
 from tests.conftest import wait_until
 
@@ -35,6 +40,16 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 def saved(folder: Path) -> ExperimentResult:
     (path,) = folder.iterdir()
     return ExperimentResult.from_json(path.read_text(encoding="utf-8"))
+
+
+def with_defaults(experiment: Experiment, **defaults: Any) -> Experiment:
+    """The experiment as `all` runs it, with other settings by default: short ones, so that it takes no minutes."""
+    short = {"repeats": 1, "warmups": 0, "max_tokens": 6, "levels": "1, 2", "spacing_ms": 10, **defaults}
+    settings = [replace(one, default=short.get(one.name, one.default)) for one in experiment.settings]
+    return replace(experiment, settings=tuple(settings))
+
+
+BASELINE, CONCURRENCY = with_defaults(baseline.EXPERIMENT), with_defaults(concurrency.EXPERIMENT)
 
 
 def test_a_run_prints_its_table_and_writes_its_json(
@@ -105,6 +120,73 @@ def test_a_word_that_it_does_not_know_exits_with_two(
         main(options, (scripted("quick"),))
     assert caught.value.code == 2
     assert "usage: python -m experiments" in capsys.readouterr().err
+
+
+def test_all_goes_on_where_it_was_broken_off_and_again_measures_anew(
+    scripted: MakeEngine,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "bakeoff")
+    out = tmp_path / "results"
+    options = ["all", "--model", model, "--out", str(out)]
+    engines = (scripted("one"), scripted("two"))
+    assert main(options, engines, (BASELINE,)) == 0
+    (first,) = out.iterdir()
+    capsys.readouterr()
+
+    assert main(options, engines, (BASELINE, CONCURRENCY)) == 0
+    (second,) = set(out.iterdir()) - {first}
+    assert second.name.startswith("concurrency-")
+    skipped = f"Baseline: measured already, in {first}; --again measures anew"
+    assert skipped in caplog.messages
+    printed = capsys.readouterr().out
+    assert f"Written to {second}" in printed and str(first) not in printed
+
+    # Nothing is left to measure: engines that cannot even start are not asked to.
+    caplog.clear()
+    dead = (scripted("one", fault="exit at start"), scripted("two", fault="exit at start"))
+    assert main(options, dead, (BASELINE, CONCURRENCY)) == 0
+    assert caplog.messages == [skipped, f"Concurrency: measured already, in {second}; --again measures anew"]
+    assert capsys.readouterr().out == ""
+
+    assert main([*options, "--again"], engines, (BASELINE,)) == 0
+    assert len(list(out.glob("baseline-*.json"))) == 2
+
+
+def test_one_experiment_by_name_is_measured_whatever_is_there(scripted: MakeEngine, model: str, tmp_path: Path) -> None:
+    options = ["baseline", "--model", model, "--out", str(tmp_path / "results"), *SHORT]
+    for count in (1, 2):
+        assert main(options, (scripted("quick"),)) == 0
+        assert len(list((tmp_path / "results").iterdir())) == count
+
+
+def test_all_measures_again_what_failed_and_exits_with_one_as_long_as_it_fails(
+    scripted: MakeEngine, model: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    options = ["all", "--model", model, "--out", str(out)]
+    failing = scripted("quick", fault="http 500")
+    for count in (1, 2):
+        assert main(options, (failing,), (BASELINE,)) == 1
+        assert len(list(out.iterdir())) == count
+
+
+def test_a_plan_that_cannot_be_run_here_keeps_no_later_one_from_running(
+    scripted: MakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "model"
+    bare.mkdir()
+    (bare / "config.json").write_text("{}")  # a model without a draft
+    out = tmp_path / "results"
+    options = ["all", "--model", str(bare), "--out", str(out)]
+    impossible = with_defaults(speculation.EXPERIMENT, method="draft_model")
+    for _ in range(2):  # what was measured then is not measured again, and the worst exit code stays
+        assert main(options, (scripted("quick"),), (impossible, BASELINE)) == 2
+        assert saved(out).experiment == "baseline"
+        assert "This model brings no draft model." in capsys.readouterr().err
 
 
 def test_a_plain_kill_ends_the_run_and_its_engines_in_order(model: str, tmp_path: Path) -> None:

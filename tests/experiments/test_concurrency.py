@@ -1,99 +1,23 @@
-"""Concurrency: hand-made results whose numbers can be worked out on paper, and one run against scripted engines."""
+"""Concurrency: its plan, who takes part, what is asked and said, and one run against scripted engines."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from typing import Any
 
 import pytest
 
-from engines.base import Engine, EngineConfig, EngineError, Usage
+from engines.base import Engine, EngineConfig, EngineError
 from engines.local import LocalHost
 from engines.scripted import Script, scripted_engine
-from engines.timeline import Arrival, Timeline
-from experiments import concurrency
 from experiments.base import Contender, PlanError, Trial
-from experiments.concurrency import (
-    CEILING_WORDS,
-    EXPERIMENT,
-    ConcurrencyPlan,
-    LevelPoint,
-    arrival_ceiling,
-    extrapolated_point,
-    in_flight,
-    level_point,
-    most_users,
-    points,
-    queued,
-    steady_window,
-    times_one_user,
-    token_moments,
-)
-from experiments.result import EngineRow, ExperimentResult, RequestRow, TrialRow
+from experiments.concurrency import EXPERIMENT
+from experiments.levels import ConcurrencyPlan, arrival_ceiling, extrapolated_point, points, times_one_user
+from experiments.result import EngineRow, ExperimentResult
 from experiments.run import run
 from tests.conftest import MACHINE
-
-VLLM = EngineRow("vllm", "vLLM", "#0072B2")
-NAIVE = EngineRow("transformers", "HF Transformers", "#6B7280")
-BATCHING = EngineRow("transformers+batching", "HF Transformers", "#6B7280", "continuous batching", "transformers")
-
-
-def plan_for(*engines: str, **settings: Any) -> ConcurrencyPlan:
-    return ConcurrencyPlan(**{"prompt": "Go.", "engines": engines or ("vllm",), **settings})
-
-
-def answer(
-    engine: str = "vllm",
-    level: int = 1,
-    index: int = 0,
-    planned: float = 0.0,
-    first: float = 0.1,
-    gap: float = 0.01,
-    tokens: int = 11,
-    repeat: int = 1,
-    late: float = 0.0,
-    error: str | None = None,
-    warmup: bool = False,
-) -> RequestRow:
-    """First token `first` s after it was sent, then one every `gap` s: with the defaults the last one after 0.2 s."""
-    arrivals = tuple(Arrival(first + gap * place, " word", tokens=1) for place in range(tokens))
-    closed = arrivals[-1].at + 0.5 if arrivals else 0.5
-    timeline = Timeline(planned + late, arrivals, closed, Usage(output_tokens=tokens), "per chunk", "stop", error)
-    return RequestRow(engine, repeat, warmup, timeline, str(level), index, planned)
-
-
-def wave(engine: str, level: int, spacing: float = 0.1, **timing: Any) -> list[RequestRow]:
-    return [answer(engine, level, index, planned=index * spacing, **timing) for index in range(level)]
-
-
-def result_of(
-    rows: Iterable[RequestRow], *engines: EngineRow, unfinished: tuple[str, ...] = (), **settings: Any
-) -> ExperimentResult:
-    """A result of these requests; every trial has come to its end but those of the `unfinished` groups."""
-    rows = tuple(rows)
-    engines = engines or (VLLM,)
-    trials = dict.fromkeys((row.engine, row.group, row.repeat, row.warmup) for row in rows)
-    return ExperimentResult(
-        id="concurrency-1",
-        experiment="concurrency",
-        started="2026-11-23T12:00:00+00:00",
-        host="local",
-        hardware={"words": "Test CPU"},
-        model="a model",
-        model_note="",
-        settings=asdict(plan_for(*(row.engine for row in engines), **settings)),
-        engines=engines,
-        requests=rows,
-        trials=tuple(TrialRow(*trial, 0.0, 1.0) for trial in trials if trial[1] not in unfinished),
-    )
-
-
-def point(**values: Any) -> LevelPoint:
-    unknown = dict.fromkeys(LevelPoint.__slots__)
-    return LevelPoint(**{**unknown, "level": 1, "extrapolated": False, **values})
-
+from tests.experiments.level_rows import BATCHING, RACE, VLLM, answer, limited, plan_for, result_of, wave
 
 # The plan
 
@@ -225,261 +149,18 @@ def test_sustained_users_ask_without_spacing_for_so_long() -> None:
     assert (warmup.sustained_seconds, measured.sustained_seconds, measured.spacing) == (None, 5, 0)
 
 
-# A wave
-
-
-def test_the_output_of_a_wave_is_all_tokens_from_the_first_planned_arrival_to_the_last_token() -> None:
-    found = level_point(result_of(wave("vllm", 4)), "vllm", 4)
-    assert found is not None
-    # 4 answers of 11 tokens; the last is sent at 0.3 s and ends 0.2 s later: 44 / 0.5 = 88 tok/s, 4 / 0.5 = 8 good ones
-    assert found.tokens_per_second == pytest.approx(88)
-    assert found.goodput == pytest.approx(8)
-    assert (found.ttft_p50, found.e2e_p50, found.tpot_p50) == pytest.approx((0.1, 0.2, 0.01))
-    assert (found.failed, found.slo_share, found.extrapolated, found.spread) == (0, 1.0, False, None)
-
-
-def test_times_count_from_the_planned_arrival_however_late_it_was_sent() -> None:
-    # 0.1 s to the first token, sent 0, 50, 100 ms late: 100, 150, 200 ms, and 100 ms more for the whole answer
-    rows = [answer(level=3, index=index, late=0.05 * index) for index in range(3)]
-    found = level_point(result_of(rows), "vllm", 3)
-    assert found is not None
-    assert (found.ttft_p50, found.e2e_p50) == pytest.approx((0.15, 0.25))
-    # Between the second and the third of three values: 95 % lies at 1.9, 99 % at 1.98 steps
-    assert (found.ttft_p95, found.ttft_p99) == pytest.approx((0.195, 0.199))
-    assert (found.e2e_p95, found.e2e_p99) == pytest.approx((0.295, 0.299))
-    assert found.tokens_per_second == pytest.approx(33 / 0.3)
-    assert any("up to 100 ms late" in note for note in EXPERIMENT.notes(result_of(rows)))
-
-
-def test_a_failed_request_is_counted_and_gives_neither_tokens_nor_times() -> None:
-    rows = [*wave("vllm", 3), answer(level=4, index=3, planned=0.3, first=9.0, error="broke off")]
-    rows = [replace(row, group="4") for row in rows]
-    found = level_point(result_of(rows, levels=(4,)), "vllm", 4)
-    assert found is not None
-    assert found.failed == 1
-    assert found.tokens_per_second == pytest.approx(33 / 0.4)  # sent at 0.2, ended at 0.4 s
-    assert found.ttft_p99 == pytest.approx(0.1)
-    assert found.slo_share == pytest.approx(3 / 4)
-    assert most_users([found]) is None
-
-
-def test_where_all_failed_nothing_but_that_is_known() -> None:
-    result = result_of([answer(error="refused", tokens=0)], levels=(1,))
-    found = level_point(result, "vllm", 1)
-    assert found == point(failed=1, slo_share=0.0)
-    assert EXPERIMENT.table(result).rows == [["vLLM", "1", *["–"] * 8, "0%", "–", "1"]]
-    assert EXPERIMENT.headline(result) == "No engine gave output that could be measured."
-
-
-def test_the_rates_of_repeats_are_averaged_and_their_times_are_pooled() -> None:
-    rows = [answer(repeat=1), answer(repeat=2, first=0.3), answer(repeat=3, warmup=True, first=7.0)]
-    found = level_point(result_of(rows), "vllm", 1)
-    assert found is not None
-    # 11 / 0.2 = 55 and 11 / 0.4 = 27.5 tok/s
-    assert found.tokens_per_second == pytest.approx(41.25)
-    assert found.ttft_p50 == pytest.approx(0.2)
-    # Student's t for one degree of freedom is 12.706; the deviation is 27.5 / √2, its error 27.5 / 2
-    assert found.spread == pytest.approx(12.706 * 13.75, rel=1e-4)
-
-
-def test_a_trial_that_was_stopped_says_nothing() -> None:
-    rows = [*wave("vllm", 1), *wave("vllm", 4)[:2]]
-    result = result_of(rows, unfinished=("4",))
-    assert [one.level for one in points(result, VLLM)] == [1]
-
-
-# A sustained load
-
-
-def test_the_steady_state_lasts_from_the_last_users_first_token_to_the_planned_end() -> None:
-    rows = [answer(index=0, first=0.1), answer(index=1, first=0.6), answer(index=0, planned=0.3, first=0.1)]
-    assert steady_window(rows, 2.0) == pytest.approx((0.6, 2.0))
-    assert steady_window(rows, 0.5) is None  # over before all were served
-
-
-def test_without_a_token_for_every_user_there_is_no_steady_state() -> None:
-    assert steady_window([answer(index=0), answer(index=1, tokens=0, error="refused")], 2.0) is None
-
-
-def test_only_tokens_inside_the_steady_state_count_over_its_length() -> None:
-    # Two users, 1 s. The first asks at 0, 0.4, 0.8 s, the second, whose first token takes 0.2 s longer, at 0 and 0.6.
-    first = [answer(level=2, index=0, planned=start, first=0.1, gap=0.1, tokens=4) for start in (0.0, 0.4, 0.8)]
-    second = [answer(level=2, index=1, planned=start, first=0.25, gap=0.1, tokens=4) for start in (0.0, 0.6)]
-    found = level_point(result_of([*first, *second], load="sustained", seconds=1), "vllm", 2)
-    assert found is not None
-    # The window is (0.25, 1.0]. First user: 0.3 0.4 | 0.5 0.6 0.7 0.8 | 0.9 1.0 are in it, 8 tokens; second user:
-    # 0.35 0.45 0.55 | 0.85 0.95, 5 tokens. 13 tokens / 0.75 s
-    assert found.tokens_per_second == pytest.approx(13 / 0.75)
-    # Answers that ended in it and kept to 200 ms and 50 ms per token: none, each token took 100 ms
-    assert (found.goodput, found.slo_share) == (0, 0)
-
-
-def test_good_answers_of_a_sustained_load_are_those_that_ended_in_the_steady_state() -> None:
-    rows = [answer(planned=start) for start in (0.0, 0.2, 0.4, 0.9)]
-    found = level_point(result_of(rows, load="sustained", seconds=1), "vllm", 1)
-    assert found is not None
-    # The window is (0.1, 1.0]; they end at 0.2, 0.4, 0.6 and, too late, 1.1 s: 3 / 0.9 s
-    assert found.goodput == pytest.approx(3 / 0.9)
-
-
-def test_too_short_a_load_is_unknown_and_said_to_be_so() -> None:
-    rows = [answer(level=2, index=index, first=3.0) for index in range(2)]
-    result = result_of(rows, load="sustained", seconds=1, levels=(2,))
-    (found,) = points(result, VLLM)
-    assert (found.tokens_per_second, found.goodput) == (None, None)
-    assert any("with 2 users not all had a first token within 1 s" in note for note in EXPERIMENT.notes(result))
-
-
-def test_tokens_that_no_chunk_reported_are_shared_among_the_chunks() -> None:
-    row = answer(tokens=4)
-    arrivals = tuple(replace(arrival, tokens=None) for arrival in row.timeline.arrivals)
-    usage = Usage(output_tokens=6)
-    silent = replace(row, timeline=replace(row.timeline, arrivals=arrivals, usage=usage, token_source="final usage"))
-    assert [count for _, count in token_moments(silent)] == [1.5] * 4
-    # An end-of-text token, counted without a text of its own, comes with the last one
-    ended = replace(row, timeline=replace(row.timeline, usage=Usage(output_tokens=5)))
-    assert [count for _, count in token_moments(ended)] == [1, 1, 1, 2]
-    assert token_moments(answer(tokens=0)) == []
-
-
-# Limits
-
-
-@pytest.mark.parametrize(
-    ("timing", "good"),
-    [
-        ({"first": 0.2, "gap": 0.05}, 1),  # exactly at both limits
-        ({"first": 0.201, "gap": 0.05}, 0),
-        ({"first": 0.2, "gap": 0.051}, 0),
-        ({"first": 0.1, "late": 0.11}, 0),  # in time after the sending, too late after the planned arrival
-        ({"tokens": 1}, 1),  # nothing to wait for after the first token
-        ({"error": "broke off"}, 0),
-    ],
-)
-def test_a_good_request_keeps_to_both_limits(timing: dict[str, Any], good: int) -> None:
-    # A hair above the limits, for what rounding adds to 0.2 s in binary
-    found = level_point(result_of([answer(**timing)], slo_ttft_ms=200.0001, slo_tpot_ms=50.0001), "vllm", 1)
-    assert found is not None
-    assert found.slo_share == good
-
-
-def test_most_users_are_those_of_the_largest_measured_level_with_ninety_nine_good_of_a_hundred() -> None:
-    served = [
-        point(level=1, slo_share=1.0, failed=0),
-        point(level=64, slo_share=0.99, failed=0),
-        point(level=80, slo_share=1.0, failed=1),
-        point(level=100, slo_share=0.98, failed=0),
-        point(level=128, slo_share=1.0, extrapolated=True),
-    ]
-    assert most_users(served) == 64
-    assert most_users(served[2:]) is None
-
-
-# The ceiling
-
-
-def test_the_spacing_of_arrivals_limits_the_output() -> None:
-    # 11 tokens; the quickest answer took 0.2 s. One user: 11 / 0.2; four: 44 / (3 * 0.1 + 0.2)
-    result = result_of([*wave("vllm", 1), *wave("vllm", 4, first=0.4)])
-    assert arrival_ceiling(result, 1) == pytest.approx(55)
-    assert arrival_ceiling(result, 4) == pytest.approx(88)
-    found = level_point(result, "vllm", 4)
-    assert found is not None and found.tokens_per_second is not None
-    assert found.tokens_per_second == pytest.approx(44 / 0.8)
-
-
-@pytest.mark.parametrize("settings", [{"spacing_ms": 0}, {"load": "sustained"}])
-def test_without_spacing_there_is_no_such_limit(settings: dict[str, Any]) -> None:
-    assert arrival_ceiling(result_of(wave("vllm", 1), **settings), 4) is None
-
-
-# The naive queue, extrapolated
-
-
-def test_a_queue_serves_one_after_the_other() -> None:
-    # 1 s each, arriving every 0.4 s: they start at 0, 1, 2, 3 s
-    assert queued([0, 0.4, 0.8, 1.2], 1.0) == [(0, 0), (0.4, 1), (0.8, 2), (1.2, 3)]
-    # Quicker than they arrive, nobody waits
-    assert queued([0, 0.4], 0.3) == [(0, 0), (0.4, 0.4)]
-    # Two users for 2.5 s: answered at 1 and 2 s they ask again, at 3 and 4 s no more
-    assert queued([0, 0], 1.0, until=2.5) == [(0, 0), (0, 1), (1, 2), (2, 3)]
-
-
-def test_above_its_levels_the_queue_is_worked_out_from_one_users_answers() -> None:
-    # One user: 11 tokens, first token after 0.1 s, all after 0.2, 0.4 and 0.3 s, so the median answer takes 0.3 s
-    rows = [answer("transformers", repeat=repeat, gap=gap) for repeat, gap in ((1, 0.01), (2, 0.03), (3, 0.02))]
-    found = extrapolated_point(result_of(rows, NAIVE, repeats=3), "transformers", 4)
-    assert found is not None
-    # Arrivals at 0, 0.1, 0.2, 0.3 s start at 0, 0.3, 0.6, 0.9 s: they wait 0, 0.2, 0.4, 0.6 s, and the last ends at 1.2
-    assert found.tokens_per_second == pytest.approx(44 / 1.2)
-    assert found.ttft_p50 == pytest.approx(0.1 + 0.3)  # between 0.2 and 0.4 s of waiting
-    assert found.ttft_p95 == pytest.approx(0.1 + 0.4 + 0.85 * 0.2)  # 95 % of three steps: 2.85
-    assert found.e2e_p99 == pytest.approx(0.3 + 0.4 + 0.97 * 0.2)
-    assert found.tpot_p50 == pytest.approx(0.02)
-    # Only the first has its first token within 200 ms
-    assert (found.slo_share, found.goodput) == pytest.approx((1 / 4, 1 / 1.2))
-    assert (found.failed, found.extrapolated) == (None, True)
-
-
-def test_the_queue_of_sustained_users_stays_full() -> None:
-    rows = [answer("transformers", planned=0.2 * place) for place in range(5)]
-    found = extrapolated_point(result_of(rows, NAIVE, load="sustained", seconds=1), "transformers", 3)
-    assert found is not None
-    # 11 tokens every 0.2 s. From the third answer on everybody waits for the two others, 0.4 s, which is no good
-    assert found.tokens_per_second == pytest.approx(55)
-    assert found.ttft_p99 == pytest.approx(0.5)
-    assert found.goodput == 0
-    # Asked at 0 three times and at 0.2, 0.4, 0.6, 0.8 s once each; at 1.0 s and later nobody asks again
-    assert found.slo_share == pytest.approx(1 / 7)
-
-
-def test_without_one_users_answers_the_first_of_the_smallest_level_had_nobody_before_it() -> None:
-    rows = [answer("transformers", 2, index, first=0.1 + 0.2 * index) for index in range(2)]
-    found = extrapolated_point(result_of(rows, NAIVE, levels=(2, 4)), "transformers", 4)
-    assert found is not None
-    assert found.tokens_per_second == pytest.approx(44 / 0.8)  # 0.2 s each
-
-
-def test_only_the_queue_is_extrapolated_and_only_where_it_was_not_measured() -> None:
-    rows = [*wave("transformers", 1), *wave("transformers", 4), *wave("vllm", 1)]
-    result = result_of(rows, NAIVE, VLLM, levels=(1, 4, 8))
-    assert [(one.level, one.extrapolated) for one in points(result, NAIVE)] == [(1, False), (4, False), (8, True)]
-    assert [one.level for one in points(result, VLLM)] == [1]
-    nothing = result_of([answer("transformers", error="refused")], NAIVE, levels=(1, 8))
-    assert [one.level for one in points(nothing, NAIVE)] == [1]
-
-
-# In flight
-
-
-def test_requests_are_in_flight_from_the_planned_arrival_to_the_last_token_or_their_failure() -> None:
-    rows = [
-        answer(planned=5.0, index=0),  # to 5.2
-        answer(planned=5.1, index=1, tokens=0, error="refused"),  # to 5.6
-        answer(planned=5.2, index=2, late=0.1),  # begins as the first ends; to 5.5
-    ]
-    steps = in_flight(rows)
-    assert [count for _, count in steps] == [1, 2, 2, 1, 0]
-    assert [moment for moment, _ in steps] == pytest.approx([0, 0.1, 0.2, 0.5, 0.6])
-    assert in_flight([]) == []
-
-
 # Words
 
 
-@pytest.fixture
-def race() -> ExperimentResult:
-    """vLLM up to four users, the queue up to one, its batching variant, which fails a request, up to four."""
-    rows = [*wave("vllm", 1), *wave("vllm", 4), *wave("transformers", 1, first=0.2, gap=0.02)]
-    rows += [*wave("transformers+batching", 1, first=0.3), *wave("transformers+batching", 4, first=0.3)]
-    rows[-1] = replace(rows[-1], timeline=replace(rows[-1].timeline, error="broke off"))
-    return result_of(rows, VLLM, NAIVE, BATCHING, levels=(1, 4), sequential_limit=1)
+def told_by_heading(result: ExperimentResult) -> list[dict[str, str]]:
+    table = EXPERIMENT.table(result)
+    return [dict(zip(table.headings, row, strict=True)) for row in table.rows]
 
 
-def test_the_headline_names_output_gain_and_how_many_are_served(race: ExperimentResult) -> None:
+def test_the_headline_names_output_gain_and_how_many_are_served() -> None:
     # vLLM: 44 / 0.5 = 88 tok/s against 55. Queue: 0.4 s each, 27.5 tok/s with any number of users.
     # Batching: three answers, the last from 0.2 to 0.6 s, 33 / 0.6 = 55 tok/s against 11 / 0.4 = 27.5
-    assert EXPERIMENT.headline(race) == (
+    assert EXPERIMENT.headline(RACE) == (
         "At 4 users vLLM delivers 88 tok/s, 1.6× its own single-user speed; HF Transformers with continuous batching "
         "55 (2.0×); HF Transformers 28 (1.0×, extrapolated). vLLM serves up to 4 users and HF Transformers up to 1 "
         "within 200 ms to the first token and 50 ms per token."
@@ -495,13 +176,11 @@ def test_the_headline_says_what_is_missing() -> None:
         "At 4 users vLLM delivers 13 tok/s. Nobody keeps to 200 ms to the first token and 50 ms per token with any "
         "number of users that was measured. SGLang gave no output that could be measured."
     )
-    rows = EXPERIMENT.table(result).rows
-    assert [row[:2] for row in rows[1:]] == [
-        ["SGLang", "could not run"],
-        ["HF Transformers, continuous batching", "not available here"],
+    _, *rows = told_by_heading(result)
+    assert [(row["Engine"], row["Users"]) for row in rows] == [
+        ("SGLang", "could not run"),
+        ("HF Transformers, continuous batching", "not available here"),
     ]
-    assert {len(row) for row in rows} == {13}
-    assert times_one_user(point(level=4, tokens_per_second=2.0), []) is None
 
 
 def test_one_user_alone_is_compared_with_nobody() -> None:
@@ -509,9 +188,8 @@ def test_one_user_alone_is_compared_with_nobody() -> None:
     assert words.startswith("At 1 user vLLM delivers 55 tok/s. vLLM serves up to 1 user within")
 
 
-def test_the_table_marks_every_extrapolated_number(race: ExperimentResult) -> None:
-    table = EXPERIMENT.table(race)
-    by_place = {(row[0], row[1]): dict(zip(table.headings, row, strict=True)) for row in table.rows}
+def test_the_table_marks_every_extrapolated_number() -> None:
+    by_place = {(row["Engine"], row["Users"]): row for row in told_by_heading(limited(RACE, 100e6))}
     assert list(by_place) == [
         ("vLLM", "1"),
         ("vLLM", "4"),
@@ -530,6 +208,8 @@ def test_the_table_marks_every_extrapolated_number(race: ExperimentResult) -> No
         "10.00 ms",
         "100%",
         "8.00/s",
+        "22%",  # of 4 users * 100 MB/s / 1 MB
+        "$11.36",  # 0.001 $/s / 88 tok/s * 1e6
         "0",
     ]
     # The queue: 0.4 s each, arrivals 0.1 s apart wait 0, 0.3, 0.6, 0.9 s for a first token after 0.2 s
@@ -539,111 +219,52 @@ def test_the_table_marks_every_extrapolated_number(race: ExperimentResult) -> No
         "≈ 1.0×",
         "≈ 650.0 ms",
     )
+    # However many wait, a queue writes one token per step, so its ceiling is that of one user: 27.5 / 100
+    assert guessed["Of the memory ceiling"] == "≈ 28%"
+    assert guessed["Cost per million tokens"] == "≈ $36.36"
     assert guessed["Failed"] == "–"
     assert all(word.startswith("≈") for word in list(guessed.values())[2:-1])
     assert by_place["HF Transformers, continuous batching", "4"]["Failed"] == "1"
-    assert any("Its values for 4 users are extrapolated (≈)" in note for note in EXPERIMENT.notes(race))
+    assert any("Its values for 4 users are extrapolated (≈)" in note for note in EXPERIMENT.notes(RACE))
 
 
-def test_a_wait_of_minutes_is_told_in_seconds() -> None:
-    assert concurrency.waited(0.0842) == "84.2 ms"
-    assert concurrency.waited(1180.0) == "1,180.0 s"
-    assert concurrency.waited(None) == "–"
+def test_what_bounds_the_output_and_what_it_costs_are_notes() -> None:
+    notes = EXPERIMENT.notes(limited(RACE, 100e6))
+    assert any("The memory ceiling" in note and "allows one user 100 tok/s" in note for note in notes)
+    assert "Cost: $3.60 per hour (by hand)." in notes
 
 
-def test_a_result_reads_the_same_after_it_was_kept(race: ExperimentResult) -> None:
-    kept = ExperimentResult.from_json(race.to_json())
-    assert EXPERIMENT.table(kept) == EXPERIMENT.table(race)
-    assert EXPERIMENT.headline(kept) == EXPERIMENT.headline(race)
+def test_a_load_generator_that_was_late_is_mentioned() -> None:
+    rows = [answer(level=3, index=index, late=0.05 * index) for index in range(3)]
+    assert any("up to 100 ms late" in note for note in EXPERIMENT.notes(result_of(rows)))
 
 
-# Pictures
+def test_a_load_too_short_for_a_steady_state_is_said_to_be_so() -> None:
+    rows = [answer(level=2, index=index, first=3.0) for index in range(2)]
+    notes = EXPERIMENT.notes(result_of(rows, load="sustained", seconds=1, levels=(2,)))
+    assert any("with 2 users not all had a first token within 1 s" in note for note in notes)
 
 
-def draw(name: str, result: ExperimentResult) -> Any:
-    return next(chart for chart in EXPERIMENT.charts if chart.name == name).draw(result)
+def test_where_all_failed_there_are_dashes() -> None:
+    result = result_of([answer(error="refused", tokens=0)], levels=(1,))
+    (row,) = told_by_heading(result)
+    assert [heading for heading, word in row.items() if word != "–"] == ["Engine", "Users", "Within limits", "Failed"]
+    assert (row["Within limits"], row["Failed"]) == ("0%", "1")
+    assert EXPERIMENT.headline(result) == "No engine gave output that could be measured."
 
 
-def traces(figure: Any) -> dict[str, Any]:
-    return {trace.name: trace for trace in figure.data}
+def test_a_result_without_requests_is_a_row_of_dashes() -> None:
+    result = limited(result_of([]), 100e6)
+    (row,) = told_by_heading(result)
+    assert set(list(row.values())[2:]) == {"–"}
+    assert "Cost: $3.60 per hour (by hand)." in EXPERIMENT.notes(result)
+    assert EXPERIMENT.headline(result) == "No engine gave output that could be measured."
 
 
-def written(figure: Any) -> list[str]:
-    return [annotation.text for annotation in figure.layout.annotations]
-
-
-def test_the_throughput_chart_tells_measured_from_extrapolated(race: ExperimentResult) -> None:
-    figure = draw("throughput", race)
-    lines = traces(figure)
-    queue = "HF Transformers, extrapolated"
-    assert list(lines) == ["vLLM", "HF Transformers", queue, "HF Transformers, continuous batching", CEILING_WORDS]
-    assert [line.line.dash for line in lines.values()] == ["solid", "solid", "dash", "dashdot", "dot"]
-    assert lines["vLLM"].line.color == VLLM.colour
-    assert lines["vLLM"].marker.symbol != lines["HF Transformers, continuous batching"].marker.symbol
-    # The dashed line goes on from the last measured point, which keeps its own marker
-    assert (lines[queue].x, lines[queue].marker.symbol) == ((1, 4), "circle-open")
-    assert lines[queue].marker.size == (0, 9)
-    assert ["extrapolated" in words for words in lines[queue].hovertext] == [False, True]
-    assert lines[CEILING_WORDS].y == pytest.approx((55, 88))  # as in the test of the ceiling
-    assert (figure.layout.xaxis.type, figure.layout.xaxis.ticktext) == ("log", ("1", "4"))
-    assert not figure.layout.showlegend
-    assert {"vLLM", "HF Transformers<br>(extrapolated)", CEILING_WORDS} <= set(written(figure))
-    small_print = " ".join(written(figure))
-    assert race.source_line in small_print
-    assert "dashed and hollow: extrapolated" in small_print
-
-
-def test_labels_at_the_ends_of_lines_do_not_overlap(race: ExperimentResult) -> None:
-    figure = draw("throughput", replace(race, engines=(VLLM, replace(VLLM, label="Twin"))))
-    low, high = (one for one in figure.layout.annotations if one.text in ("vLLM", "Twin"))
-    assert high.yshift - low.yshift == concurrency.LABEL_PIXELS
-
-
-def test_the_wait_is_drawn_on_a_logarithmic_axis_beside_its_limit(race: ExperimentResult) -> None:
-    figure = draw("ttft", race)
-    lines = traces(figure)
-    assert figure.layout.yaxis.type == "log"
-    assert lines["limit"].y == (200, 200)
-    assert "limit: 200 ms" in written(figure)
-    assert lines["vLLM"].y == pytest.approx((100, 100))
-    # p95 of the queue's 200, 500, 800, 1,100 ms is 1,055, 405 above the median
-    assert lines["HF Transformers, extrapolated"].error_y.array[1] == pytest.approx(405)
-    assert figure.layout.yaxis.range == (2, 4)  # 100 to 10,000 ms
-
-
-def test_every_request_of_the_largest_measured_level_has_its_bars(race: ExperimentResult) -> None:
-    figure = draw("flight", race)
-    bars = traces(figure)
-    assert bars["vLLM: wait"].base == pytest.approx((0, 0.1, 0.2, 0.3))
-    assert bars["vLLM: wait"].x == pytest.approx([0.1] * 4)
-    assert bars["vLLM: answer"].base == pytest.approx((0.1, 0.2, 0.3, 0.4))
-    assert bars["vLLM: answer"].x == pytest.approx([0.1] * 4)
-    assert (bars["vLLM: answer"].marker.color, bars["vLLM: answer"].y) == (VLLM.colour, (1, 2, 3, 4))
-    assert bars["vLLM: wait"].marker.opacity < 0.5
-    assert {bar.width for bar in bars.values() if bar.type == "bar"} == {0.85}  # a lone failure covers no other
-    failed = "HF Transformers, continuous batching: failed"
-    assert (bars[failed].y, bars[failed].marker.color) == ((4,), concurrency.FAILED_COLOUR)
-    assert (bars[f"{failed} here"].marker.symbol, bars[f"{failed} here"].y) == ("x", (4,))
-    assert {"vLLM<br>4 users", "HF Transformers<br>1 user"} <= set(written(figure))
-    assert figure.layout.xaxis2.matches == "x"  # one time for all
-    assert figure.layout.xaxis.range == figure.layout.xaxis3.range
-    assert race.source_line in " ".join(written(figure))
-
-
-def test_requests_in_flight_are_steps(race: ExperimentResult) -> None:
-    figure = draw("in_flight", race)
-    # Sent 0.1 s apart and answered in 0.2 s, two overlap; the failed one is given up 0.5 s after its last token
-    line = traces(figure)["vLLM: 4 users, at most 2 in flight"]
-    assert (line.line.shape, line.y[-1]) == ("hv", 0)
-    assert line.x[-1] == pytest.approx(0.5)
-    assert "HF Transformers: 1 user, at most 1 in flight" in traces(figure)
-    assert race.source_line in " ".join(written(figure))
-
-
-def test_a_result_without_requests_has_no_pictures() -> None:
-    result = result_of([])
-    assert [chart.draw(result) for chart in EXPERIMENT.charts] == [None] * 4
-    assert EXPERIMENT.table(result).rows == [["vLLM", "0", *["–"] * 11]]
+def test_a_result_reads_the_same_after_it_was_kept() -> None:
+    kept = ExperimentResult.from_json(RACE.to_json())
+    assert EXPERIMENT.table(kept) == EXPERIMENT.table(RACE)
+    assert EXPERIMENT.headline(kept) == EXPERIMENT.headline(RACE)
 
 
 # Against scripted engines

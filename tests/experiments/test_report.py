@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
+import numpy
+import plotly.graph_objects as go
 import pytest
 
+from engines.bandwidth import Bandwidth
+from engines.base import SpeculationCounters
+from engines.model_shape import ModelShape
 from experiments.metrics import CATALOGUE, METRICS, Distribution
-from experiments.report import csv_bytes, figures, figures_html, headline, notes, table, text_table
+from experiments.report import csv_bytes, drawn_csv, figures, figures_html, headline, notes, table, text_table
 from experiments.result import ExperimentResult
 from experiments.telling import Cell
+from tests.experiments import test_prefix_caching as prefix
+from tests.experiments import test_speculation as drafting
+from tests.experiments.level_rows import RACE
 from tests.experiments.test_result import SCHEMA_1, result_of
 
 MIXED = result_of(warmups=1, quick=[198.0, 200.0, 202.0], slow=[99.0, None, 101.0], broken="It could not start.")
@@ -147,6 +156,160 @@ def test_errors_of_several_lines_with_quotes_and_commas_stay_in_their_cell() -> 
     broken = replace(result.requests[0], timeline=replace(result.requests[0].timeline, error=error))
     lines = lines_of(replace(result, requests=(broken, *result.requests[1:])))
     assert [line["error"] for line in lines] == [error, ""]
+
+
+# What a figure draws, as CSV
+
+
+def speculation_result() -> ExperimentResult:
+    """A sweep with its counters, below a memory ceiling of 200 tok/s: 5 MB per step at 1 GB/s."""
+    speeds = {"quick": [99.0, 101.0], "quick+draft_model-1": [139.0, 142.0], "quick+draft_model-3": [160.0, 163.0]}
+    counted = {"quick+draft_model-3": SpeculationCounters(10, 30, 21, (9, 7, 5))}
+    swept = drafting.measured(speeds, counted)
+    return replace(swept, model_shape=ModelShape(5_000_000, 0), bandwidth=Bandwidth(1e9, "measured"))
+
+
+DRAWN = {
+    "baseline": (lambda: MIXED, ["speed"]),
+    "speculation": (speculation_result, ["speed", "acceptance", "sweep"]),
+    "prefix caching": (prefix.whole, ["ttft", "cached"]),
+    "concurrency": (lambda: RACE, ["throughput", "ttft", "flight", "in_flight"]),
+}
+
+
+def drawn_lines(chart: Any) -> list[dict[str, str]]:
+    with io.StringIO(drawn_csv(chart).decode(), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def number(cell: str) -> float | None:
+    return float(cell) if cell else None
+
+
+@pytest.mark.parametrize(("make", "names"), DRAWN.values(), ids=DRAWN)
+def test_everything_that_a_chart_draws_stands_unrounded_in_its_csv(make: Any, names: list[str]) -> None:
+    charts = figures(make())
+    assert list(charts) == names
+    for chart in charts.values():
+        lines = drawn_lines(chart)
+        points = [(trace, place) for trace in chart.data for place in range(len(trace.x))]
+        across = [shape for shape in chart.layout.shapes if shape.y0 == shape.y1]
+        assert len(lines) == len(points) + len(across)
+        for (trace, place), line in zip(points, lines, strict=False):
+            x, y = trace.x[place], trace.y[place]
+            assert line["series"] == (trace.name or "").replace("<br>", " · ")
+            assert line["x"] == (x.replace("<br>", " · ") if isinstance(x, str) else repr(x))
+            assert line["y"] == ("" if y is None else repr(y))
+            told = trace.text or trace.hovertext
+            assert line["text"] == (told[place].replace("<br>", " · ") if told else "")
+            error = trace.error_y
+            if error.array is None or error.visible is False or y is None:
+                assert (line["low"], line["high"]) == ("", "")
+            else:
+                below = error.array if error.arrayminus is None else error.arrayminus
+                assert (number(line["low"]), number(line["high"])) == (y - below[place], y + error.array[place])
+            if trace.type == "bar" and trace.base is not None:
+                assert number(line["base"]) == trace.base[place]
+            elif chart.layout.barmode != "stack":
+                assert line["base"] == ""
+        assert [number(line["y"]) for line in lines[len(points) :]] == [shape.y0 for shape in across]
+
+
+def test_lines_across_a_chart_have_the_words_that_stand_at_them() -> None:
+    charts = figures(speculation_result())
+    across = [line for line in drawn_lines(charts["speed"]) if line["series"] == "line"]
+    words = {"panel": "1", "series": "line", "y": "200.0", "text": "memory ceiling: 200 tok/s"}
+    assert across == [dict.fromkeys(across[0], "") | words]
+    (without,) = (line for line in drawn_lines(charts["sweep"]) if line["series"] == "line")
+    assert (float(without["y"]), without["text"]) == (pytest.approx(100), "Quick without")
+
+
+def test_a_line_has_the_words_of_its_own_panel_only_and_a_share_of_the_page_is_no_value() -> None:
+    from plotly.subplots import make_subplots
+
+    chart = make_subplots(rows=1, cols=2)
+    for column, words in ((1, "<b>here</b>"), (2, "there")):
+        chart.add_scatter(x=[1], y=[2], row=1, col=column)
+        chart.add_hline(1.5, annotation_text=words, row=1, col=column)
+    chart.add_hline(1.25, row=1, col=2)
+    chart.add_vline(1)
+    chart.add_shape(type="line", x0=0, x1=1, y0=1.5, y1=1.5, yref="paper")
+    chart.add_shape(type="rect", x0=0, x1=1, y0=1.5, y1=1.5)
+    across = [(line["panel"], line["y"], line["text"]) for line in drawn_lines(chart) if line["series"] == "line"]
+    assert across == [("1", "1.5", "here"), ("2", "1.5", "there"), ("2", "1.25", "")]
+
+
+def test_a_lying_bar_keeps_its_begin_and_its_length() -> None:
+    lines = drawn_lines(figures(RACE)["flight"])
+    waits = [line for line in lines if line["series"] == "vLLM: wait"]
+    assert [float(line["base"]) for line in waits] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert [float(line["x"]) for line in waits] == pytest.approx([0.1] * 4)
+    assert [line["y"] for line in waits] == ["1", "2", "3", "4"]
+    assert waits[0]["text"] == "request 1 · first token after 100.0 ms · whole answer after 0.20 s"
+
+
+def test_a_stacked_bar_begins_where_the_one_below_it_ends() -> None:
+    lines = drawn_lines(figures(prefix.whole())["cached"])
+    computed = {line["x"]: line for line in lines if line["series"].endswith("computed")}
+    assert {place: line["base"] for place, line in computed.items()} == {
+        "short 1": "",  # nothing below it
+        "short 2": "16.0",
+        "prefix 1": "16.0",
+        "prefix 2": "2016.0",
+    }
+    assert computed["prefix 2"]["y"] == "8.0"
+    assert {line["base"] for line in lines if line["series"].endswith("from the cache")} == {""}
+
+
+def test_packed_numbers_are_read_and_what_is_no_number_is_left_empty() -> None:
+    chart = go.Figure()
+    values, whiskers = numpy.array([0.1, numpy.nan, 1 / 3]), {"array": numpy.array([0.5, 0.5, 0.25])}
+    chart.add_scatter(x=numpy.array([1, 2, 300]), y=values, error_y=whiskers, text=numpy.array(["a", "b", "c"]))
+    chart.add_scatter(x=[numpy.int64(7), 8], y=[numpy.float32(0.5), None], hovertext="every point")
+    expected = [
+        "1,,1,0.1,,-0.4,0.6,a",
+        "1,,2,,,,,b",
+        f"1,,300,{1 / 3!r},,{1 / 3 - 0.25!r},{1 / 3 + 0.25!r},c",
+        "1,,7,0.5,,,,every point",
+        "1,,8,,,,,every point",
+    ]
+    assert drawn_csv(chart).decode().splitlines()[1:] == expected
+    packed = go.Figure(json.loads(chart.to_json()))
+    assert isinstance(packed.data[0].y, dict)  # {"dtype", "bdata"}
+    assert drawn_csv(packed) == drawn_csv(chart)
+
+
+def test_a_whisker_is_there_only_where_it_is_drawn() -> None:
+    chart = go.Figure()
+    for error in ({"array": [1, 2], "visible": False}, {}, {"array": [1, 2], "arrayminus": [3]}, None):
+        chart.add_bar(x=["a", "b"], y=[10, 20], error_y=error)
+    both = {"array": [1, 2], "arrayminus": [3, 4], "symmetric": True}  # then what is below it does not count
+    chart.add_bar(x=["a", "b"], y=[10, 20], error_y=both)
+    ends = [(line["low"], line["high"]) for line in drawn_lines(chart)]
+    nothing = [("", "")] * 2
+    assert ends == [*nothing, *nothing, ("7", "11"), ("20", "22"), *nothing, ("9", "11"), ("18", "22")]
+
+
+def test_what_is_not_drawn_has_no_line() -> None:
+    assert drawn_csv(go.Figure()) == b"panel,series,x,y,base,low,high,text\n"
+    chart = go.Figure()
+    chart.add_scatter(x=[], y=[], name="nothing")
+    chart.add_scatter(name="nothing either")
+    chart.add_scatter(x=[1], y=[1], visible=False)
+    chart.add_scatter(x=[1], y=[1], visible="legendonly")
+    chart.add_bar(x=["a"], y=[2], base=1, name="a bar")
+    (line,) = drawn_lines(chart)
+    assert (line["series"], line["x"], line["y"], line["base"]) == ("a bar", "a", "2", "1")
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "<b>="])
+def test_words_of_a_chart_that_a_spreadsheet_would_run_are_kept_as_text(start: str) -> None:
+    hostile = f'{start}HYPERLINK("http://example.invalid","click")'
+    chart = go.Figure(go.Scatter(x=[hostile], y=[-1.5], name=hostile, text=hostile))
+    (line,) = drawn_lines(chart)
+    for column in ("series", "x", "text"):
+        assert line[column].startswith(f"'{start[-1]}HYPERLINK")
+    assert line["y"] == "-1.5"  # a number is none of that
 
 
 # Figure

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from engines.bandwidth import Bandwidth
 from engines.base import SpeculationCounters, Usage
+from engines.gpus import Price
+from engines.model_shape import ModelShape
 from engines.timeline import Arrival, Timeline
 from experiments.metrics import METRICS
 from experiments.result import SCHEMA, EngineRow, ExperimentResult, RequestRow, ResultError, TrialRow, new_id
@@ -75,6 +78,31 @@ def test_variants_trials_and_what_speculation_did_survive_the_round_trip() -> No
     assert (variant.engine, variant.title) == ("quick", "Quick, prefix cache")
     assert again.speculation("quick+cache") == counted
     assert again.requests[0].metrics.lateness == -0.25  # sent at 0, planned for 0.25
+
+
+LIMITS = {
+    "model_shape": ModelShape(1000, 10, 800, 8, 2),
+    "bandwidth": Bandwidth(58.5e9, "measured: 2 threads reading 31 MB again and again"),
+    "price": Price(3.95, "as typed"),
+}
+
+
+def test_what_bounds_a_result_and_what_it_costs_survive_the_round_trip() -> None:
+    result = replace(result_of(quick=[1.0]), **LIMITS)  # type: ignore[arg-type]
+    assert ExperimentResult.from_json(result.to_json()) == result
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_file_from_before_there_were_limits_loads_without_them(schema: int) -> None:
+    if schema == 1:
+        value = json.loads(SCHEMA_1.read_text(encoding="utf-8"))
+    else:
+        value = json.loads(result_of(quick=[1.0]).to_json())
+        for name in LIMITS:
+            del value[name]
+    assert LIMITS.keys().isdisjoint(value)
+    result = ExperimentResult.from_json(json.dumps(value))
+    assert (result.schema, result.model_shape, result.bandwidth, result.price) == (schema, None, None, None)
 
 
 def test_what_is_unknown_stays_unknown_through_json() -> None:
@@ -146,6 +174,9 @@ def test_a_file_that_is_no_result_is_refused_in_words(text: str, words: str) -> 
         (["requests", 0, "timeline", "usage"], None),
         (["started"], None),
         (["labels"], "one word"),
+        (["model_shape"], {"weight_bytes": 5}),
+        (["bandwidth"], 58.5e9),
+        (["price"], {"dollars_per_hour": "much", "source": "as typed"}),
     ],
 )
 def test_a_result_with_a_broken_part_is_refused_in_words(path: list[str | int], broken: object) -> None:

@@ -69,7 +69,7 @@ def tab_over(host: LocalHost) -> Tab:
 
 def settings(*engines: str, prompt: str = "Go.", repeats: int = 1, warmups: int = 0, tokens: int = 6) -> list[Any]:
     """The controls' values; a race, because taking turns waits for each engine to settle."""
-    return [list(engines), prompt, repeats, warmups, tokens, EXACT, True]
+    return [list(engines), prompt, repeats, warmups, tokens, EXACT, None, True]
 
 
 async def frames_of(host: LocalHost, tab: Tab, values: list[Any], sessions: Sessions) -> AsyncIterator[Frame]:
@@ -119,10 +119,11 @@ def test_settings_that_cannot_be_used_give_the_reason_and_touch_nothing_else(
 
 
 def test_the_controls_become_a_plan() -> None:
-    plan = read_plan(EXPERIMENT, ["one", "two"], ("Go.", 4, 1, 64, NATURAL, True))
+    plan = read_plan(EXPERIMENT, ["one", "two"], ("Go.", 4, 1, 64, NATURAL, 2.5, True))
     assert (plan.prompt, plan.engines, plan.repeats, plan.warmups) == ("Go.", ("one", "two"), 4, 1)
-    assert (plan.max_tokens, plan.fixed_length, plan.race) == (64, False, True)
-    assert read_plan(EXPERIMENT, ["one"], ("Go.", 1, 0, 8, EXACT, False)).fixed_length
+    assert (plan.max_tokens, plan.fixed_length, plan.dollars_per_hour, plan.race) == (64, False, 2.5, True)
+    plan = read_plan(EXPERIMENT, ["one"], ("Go.", 1, 0, 8, EXACT, None, False))
+    assert (plan.fixed_length, plan.dollars_per_hour) == (True, None)
 
 
 def test_a_run_shows_growing_answers_and_ends_with_its_result(host: LocalHost, tab: Tab) -> None:

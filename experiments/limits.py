@@ -1,0 +1,100 @@
+"""What bounds a result and what it costs: the memory ceiling, and dollars per million output tokens."""
+
+from __future__ import annotations
+
+import math
+
+from engines.gpus import PRICES_OF, Price, gpu_named
+from engines.hardware import Hardware
+from experiments.base import Plan
+from experiments.metrics import METRICS, Distribution
+from experiments.result import ExperimentResult
+
+CEILING_WORDS = "memory ceiling"
+COST_HEADING = "Cost per million tokens"
+
+
+def price_of(plan: Plan, hardware: Hardware) -> Price | None:
+    """As typed, else as listed for the GPU; None where nobody has said."""
+    if plan.dollars_per_hour is not None:
+        return Price(plan.dollars_per_hour, "as typed")
+    gpu = gpu_named(hardware.gpu)
+    if gpu is None or gpu.dollars_per_hour is None:
+        return None
+    return Price(gpu.dollars_per_hour, f"Modal's list price of {PRICES_OF} for one {gpu.name}")
+
+
+def decode_ceiling(result: ExperimentResult, requests: int = 1) -> float | None:
+    """tok/s that no engine can exceed which yields one token per request and step: each step reads the weights once
+    and every request's keys and values. N * bandwidth / bytes of a step; None where either is unknown."""
+    if result.model_shape is None or result.bandwidth is None:
+        return None
+    read = _step_bytes(result, requests)
+    return requests * result.bandwidth.bytes_per_second / read if read else None
+
+
+def _step_bytes(result: ExperimentResult, requests: int) -> float:
+    assert result.model_shape is not None
+    return result.model_shape.step_bytes(requests, _mean_context(result))
+
+
+def _mean_context(result: ExperimentResult) -> float:
+    """Tokens behind the one that is written, on average: the prompt and half of the answer."""
+    contexts = []
+    for row in result.requests:
+        prompt, output = row.timeline.usage.prompt_tokens, row.metrics.output_tokens
+        if not row.warmup and not row.timeline.error and prompt is not None and output is not None:
+            contexts.append(prompt + output / 2)
+    return Distribution.of(contexts).mean or 0.0
+
+
+def of_ceiling(result: ExperimentResult, tokens_per_second: float | None, requests: int = 1) -> float | None:
+    """The share of the ceiling that is reached."""
+    ceiling = decode_ceiling(result, requests)
+    return tokens_per_second / ceiling if tokens_per_second is not None and ceiling else None
+
+
+def dollars_per_million(result: ExperimentResult, tokens_per_second: float | None) -> float | None:
+    """$ per million output tokens: price per second / tok/s * 1e6."""
+    if result.price is None or not tokens_per_second:
+        return None
+    return result.price.dollars_per_hour / 3600 / tokens_per_second * 1e6
+
+
+def dollars(value: float | None) -> str:
+    """In cents; below ten of them as many places as two digits that count need."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    places = 2 if value <= 0 else max(2, 1 - math.floor(math.log10(value)))
+    return f"${value:,.{places}f}"
+
+
+def three_digits(value: float) -> str:
+    """Three digits that count, and every digit before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def limit_notes(result: ExperimentResult) -> list[str]:
+    """How the ceiling comes about, who says what the hardware costs, and results that cannot be."""
+    said = []
+    ceiling = decode_ceiling(result)
+    if ceiling is not None and result.bandwidth is not None:
+        read, rate = _step_bytes(result, 1) / 1e6, result.bandwidth.bytes_per_second / 1e9
+        said.append(
+            f"The memory ceiling: to write one token the processor reads {three_digits(read)} MB (the weights, and the "
+            f"keys and values of the text so far). At {three_digits(rate)} GB/s ({result.bandwidth.source}) that "
+            f"allows one user {three_digits(ceiling)} tok/s, unless several tokens come out of one step."
+        )
+        said += _implausible(result, ceiling)
+    if result.price is not None:
+        said.append(f"Cost: ${result.price.dollars_per_hour:,.2f} per hour ({result.price.source}).")
+    return said
+
+
+def _implausible(result: ExperimentResult, ceiling: float) -> list[str]:
+    return [
+        f"{row.title} seems faster than memory allows: the bandwidth or the token count must be wrong."
+        for row in result.engines
+        if not row.config.get("speculation")
+        and (result.distribution(row.name, METRICS["decode_speed"]).mean or 0.0) > ceiling
+    ]

@@ -1,0 +1,62 @@
+"""What earlier runs have measured already, so that a series of experiments goes on where it was broken off."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from demo_model.bundled import model_label
+from experiments.base import Experiment, Host, Plan, PlanError
+from experiments.library import read
+from experiments.result import EngineRow, ExperimentResult, ResultError
+
+log = logging.getLogger("bakeoff")
+
+
+def measured_already(plans: Sequence[tuple[Experiment, Plan]], host: Host, folder: Path) -> dict[str, Path]:
+    """By the experiment's name, the file in `folder` (the last by name) whose result is whole and answers the plan's
+    question on this host. Files that cannot be read are passed over with a log line."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = read(path)
+        except ResultError as error:
+            log.info("%s is passed over: %s", path, error)
+            continue
+        for experiment, plan in plans:
+            if _same_question(result, experiment, plan, host) and _whole(result, experiment, plan, host):
+                found[experiment.name] = path
+    return found
+
+
+def measured_something(result: ExperimentResult) -> bool:
+    """Whether any request that counts was answered."""
+    return any(not row.timeline.error for engine in result.engines for row in result.measured(engine.name))
+
+
+def _same_question(result: ExperimentResult, experiment: Experiment, plan: Plan, host: Host) -> bool:
+    settings = json.loads(json.dumps(asdict(plan)))  # as a file holds them: tuples become lists
+    asked = (experiment.name, settings, host.model_label, host.hardware.words)
+    answered = (result.experiment, result.settings, result.model, result.hardware.get("words"))
+    return asked == answered and all(_same_draft(row, host) for row in result.engines)
+
+
+def _same_draft(row: EngineRow, host: Host) -> bool:
+    """A draft model is no setting of the plan; it stands in the configuration of the rows that used it."""
+    speculation = row.config.get("speculation")
+    draft = speculation.get("draft_model") if isinstance(speculation, dict) else None
+    return not draft or (host.draft_model is not None and model_label(str(draft)) == model_label(host.draft_model))
+
+
+def _whole(result: ExperimentResult, experiment: Experiment, plan: Plan, host: Host) -> bool:
+    """Whether nothing failed and everybody is there, variants included, who would take part today."""
+    if result.stopped_early or any(row.error for row in result.engines) or not measured_something(result):
+        return False
+    try:
+        wanted = {contender.key for contender in experiment.contenders(plan, host)}
+    except PlanError:
+        return False  # measuring it will say why it cannot be run
+    return wanted <= {row.name for row in result.engines}

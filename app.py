@@ -40,10 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # Here, because importing Gradio takes seconds, which the engines put to use.
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+        from experiments.library import RECORDINGS
         from ui.page import add_assets, build_app
         from ui.theme import css, head, theme
 
-        page = build_app(host)
+        recordings = Path(options.recordings) if options.recordings else RECORDINGS
+        page = build_app(host, recordings)
         server, url, _ = page.queue(default_concurrency_limit=None).launch(
             server_name=options.listen,
             server_port=options.port,
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             css=css(),
             head=head(),
         )
-        add_assets(server, host.cache / "results")
+        add_assets(server, host.cache / "results", recordings)
         host.watch_pages()
         print(f"\nThe page is up: {url}   (Ctrl-C ends it and its engines)\n", flush=True)
         asked_to_end.wait()
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache", help=f"folder for environments, models and logs (also the variable {CACHE_VARIABLE})"
     )
+    parser.add_argument("--recordings", help="folder of recorded runs to show; those that came with the app by default")
     parser.add_argument(
         "--listen", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address of the page"
     )

@@ -44,12 +44,9 @@ class ModelShape:
 
 def read_shape(model: str) -> ModelShape | None:
     """The shape of a model in a folder or in the hub's cache; None where its files are not here or not understood."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        found = _in_hub_cache(model)
-        if found is None:
-            return None
-        folder = found
+    folder = model_folder(model)
+    if folder is None:
+        return None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config |= config.get("text_config") or {}
@@ -61,8 +58,10 @@ def read_shape(model: str) -> ModelShape | None:
         return None  # a model whose shape we cannot read can still be measured; its ceiling is a dash
 
 
-def _in_hub_cache(model: str) -> Path | None:
-    """The newest downloaded snapshot of `owner/name`."""
+def model_folder(model: str) -> Path | None:
+    """The folder itself, or of `owner/name` the newest snapshot in the hub's cache; None before one is here."""
+    if (folder := Path(model).expanduser()).is_dir():
+        return folder
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
     snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"

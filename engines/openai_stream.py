@@ -14,6 +14,9 @@ from engines.base import Chunk, Engine, EngineError, Request, SpeculationCounter
 # A long prefill sends nothing for minutes, so only silence between bytes is bounded, generously.
 SILENCE_LIMIT_SECONDS = 600
 CONNECT_LIMIT_SECONDS = 10
+# An idle connection is dropped before the server drops it: uvicorn, which all three engines use, waits 5 s, and a
+# request sent at that moment fails ("Server disconnected").
+KEEP_ALIVE_SECONDS = 4
 READ_BUFFER_BYTES = 1 << 22  # the default 64 KiB throttles long contexts
 ERROR_CHARACTERS = 500
 
@@ -120,7 +123,7 @@ class ChatClient:
 
     async def __aenter__(self) -> ChatClient:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=300),
+            connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=KEEP_ALIVE_SECONDS),
             timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=CONNECT_LIMIT_SECONDS, sock_read=SILENCE_LIMIT_SECONDS
             ),

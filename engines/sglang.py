@@ -69,9 +69,17 @@ def variables(config: EngineConfig) -> dict[str, str]:
 
 
 def caveat(config: EngineConfig) -> str | None:
-    if config.device == "cpu":
-        return "On the CPU this is SGLang on plain PyTorch operators, without its fast CPU kernels (not on PyPI)."
-    return None
+    """What the reader of a CPU's numbers must know. Measured for 2,017 prompt tokens of which 2,007 were cached: 103 of
+    the 121 ms that remained were attention over all positions; over the 10 new ones alone it took 2.5 ms."""
+    if config.device != "cpu":
+        return None
+    words = "On the CPU this is SGLang on plain PyTorch operators, without its fast CPU kernels (not on PyPI)."
+    if config.prefix_caching:
+        words += (
+            " Those compute attention for every position of a prompt again, also where keys and values come from the "
+            "cache; so a cached prefix saves the layers' other work, but not that."
+        )
+    return words
 
 
 def request_fields(request: Request) -> dict[str, Any]:

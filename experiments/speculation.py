@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from engines.base import Speculation
+from engines.model_shape import model_folder
 from experiments.base import (
     ANSWER_LENGTH,
     DEFAULT_PROMPT,
@@ -71,8 +71,8 @@ class SpeculationPlan(Plan):
 
 def best_method(host: Host) -> Literal["mtp", "draft_model", "ngram"]:
     """The model's own head where it has one, else its draft model, else the look-up, which needs nothing."""
-    config = Path(host.model).expanduser() / "config.json"
-    if config.is_file():
+    folder = model_folder(host.model)
+    if folder and (config := folder / "config.json").is_file():
         values = json.loads(config.read_text(encoding="utf-8"))
         parts = (values, values.get("text_config") or {})
         if any(part.get(field) for part in parts for field in HEAD_FIELDS):

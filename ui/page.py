@@ -16,7 +16,7 @@ from starlette.routing import Route
 from engines.base import Engine
 from engines.local import LocalHost, Status
 from experiments import EXPERIMENTS
-from experiments.library import Library
+from experiments.library import RECORDINGS, Library
 from ui.lanes import head_html
 from ui.results import open_runs, results_tab
 from ui.session import Sessions
@@ -27,9 +27,9 @@ LOOK_SECONDS = 1.0
 RESULTS = "results"
 
 
-def build_app(host: LocalHost) -> gr.Blocks:
+def build_app(host: LocalHost, recordings: Path = RECORDINGS) -> gr.Blocks:
     """The page over `host`, which runs the engines. Launching it is the caller's business."""
-    sessions = Sessions(host.cache / "results")
+    sessions = Sessions(host.cache / "results", recordings)
     page = gr.Blocks(title=TITLE, analytics_enabled=False)
     with page:
         gr.HTML(masthead_html(host), padding=False)
@@ -80,7 +80,7 @@ def build_app(host: LocalHost) -> gr.Blocks:
     return page
 
 
-def add_assets(app: FastAPI, results: Path) -> None:
+def add_assets(app: FastAPI, results: Path, recordings: Path = RECORDINGS) -> None:
     """Serve the plotting library from our own server, for exporting charts in the browser, and all runs as a zip."""
     library = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
@@ -88,7 +88,7 @@ def add_assets(app: FastAPI, results: Path) -> None:
         return FileResponse(library, media_type="text/javascript", headers={"Cache-Control": "max-age=86400"})
 
     async def archive(request: Any) -> Response:
-        packed = await asyncio.to_thread(Library(results).archive)
+        packed = await asyncio.to_thread(Library(results, recordings).archive)
         named = {"Content-Disposition": 'attachment; filename="bake-off-results.zip"'}
         return Response(packed, media_type="application/zip", headers=named)
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-from experiments.library import Library
+from experiments.library import RECORDINGS, Library
 from experiments.replay import ReplayedRun
 from experiments.run import BackgroundRun
 
@@ -46,10 +46,10 @@ class Turn:
 class Sessions:
     """The line of runs, first come first served, and each visitor's place in it."""
 
-    def __init__(self, results: Path | None = None) -> None:
+    def __init__(self, results: Path | None = None, recordings: Path = RECORDINGS) -> None:
         self._files = tempfile.TemporaryDirectory(prefix="bakeoff-", ignore_cleanup_errors=True)
         self.results = results or self.files / "results"  # every result is kept there as JSON
-        self.library = Library(self.results)
+        self.library = Library(self.results, recordings)
         self._line: list[Turn] = []
         self._turns: dict[str, Turn] = {}
 

@@ -90,6 +90,7 @@ def test_a_run_streams_three_answers_and_every_download_parses(
 
 def check_downloads(page: Page, folder: Path, engines: int, requests: int) -> None:
     files = {form: download(page, f"speed-{form}", folder) for form in ("png", "svg")}
+    drawn = download(page, "speed-csv", folder)
     files |= {form: download(page, form, folder) for form in ("html", "json", "csv")}
     result = ExperimentResult.from_json(files["json"].read_text())
     assert {path.stem for path in files.values()} == {result.id, f"{result.id}-speed"}
@@ -100,6 +101,9 @@ def check_downloads(page: Page, folder: Path, engines: int, requests: int) -> No
     rows = list(csv.DictReader(files["csv"].open()))
     assert [row["output_tokens"] for row in rows] == [str(row.metrics.output_tokens) for row in result.requests]
     assert all(row.metrics.output_tokens and row.timeline.finish_reason for row in result.requests)
+    points = list(csv.DictReader(drawn.open()))
+    assert drawn.stem == f"{result.id}-speed"
+    assert {engine.label for engine in result.engines} <= {point["series"] for point in points}
     image = files["png"].read_bytes()
     assert image[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", image[16:24])[0] == 2400  # 1,200 points, twice as many pixels

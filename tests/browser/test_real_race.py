@@ -11,6 +11,7 @@ from playwright.sync_api import Page, expect
 
 from engines import ENGINES
 from engines.hardware import this_machine
+from experiments import EXPERIMENTS
 from tests.browser.conftest import picture
 from tests.browser.test_baseline_tab import answer, check_downloads, run
 from tests.conftest import wait_until
@@ -41,6 +42,21 @@ def test_the_page_is_up_while_the_engines_still_start(app: RunningApp, open_page
     picture(page, "real-starting")
 
 
+def test_a_recording_is_shown_before_any_engine_is_ready(app: RunningApp, open_page: Callable[..., Page]) -> None:
+    page = open_page(app.url())
+
+    for experiment in EXPERIMENTS:
+        name = experiment.name
+        page.get_by_role("tab", name=experiment.title).click()
+        expect(page.locator(f"#{name}-progress")).to_contain_text("Recorded, not live: inference-explainer")
+        expect(page.locator(f"#{name}-{experiment.charts[0].name}-chart .main-svg").first).to_be_visible()
+        assert page.locator(f"#{name}-table tbody tr").count() >= len(NAMES)
+        for engine in NAMES:
+            assert len(page.locator(f"#{name}-chat-{engine} .message.bot").last.inner_text()) > 50
+        page.wait_for_timeout(500)
+        picture(page, f"recorded-{name}")
+
+
 def test_three_real_engines_answer_side_by_side(
     app: RunningApp, open_page: Callable[..., Page], tmp_path: Path
 ) -> None:
@@ -48,7 +64,9 @@ def test_three_real_engines_answer_side_by_side(
     for name in NAMES:
         page.locator(f"#baseline-head-{name} .light.ready").wait_for(timeout=READY_SECONDS * 1000)
 
+    expect(page.locator("#baseline-progress")).to_contain_text("Recorded")  # so that what comes later is the run's own
     run(page)
+    expect(page.locator("#baseline-progress")).to_contain_text("warm-up", timeout=30_000)
 
     for name in NAMES:  # its first words are shown while the answer is still being written
         page.wait_for_function(
@@ -59,7 +77,8 @@ def test_three_real_engines_answer_side_by_side(
             polling=20,
             timeout=60_000,
         )
-    expect(page.locator(".headline")).to_contain_text("tok/s", timeout=120_000)
+    expect(page.locator("#baseline-progress")).to_be_empty(timeout=120_000)
+    expect(page.locator("#baseline-headline .headline")).to_contain_text("tok/s")
     for name in NAMES:
         assert len(answer(page, name)) > 100
         for tile in page.locator(f"#baseline-tiles-{name} .tile .value").all_inner_texts():

@@ -196,6 +196,23 @@ def test_only_sglang_on_the_cpu_has_a_caveat() -> None:
     assert with_caveat == {("sglang", "cpu")}
 
 
+def test_sglang_on_the_cpu_says_what_a_cached_prefix_does_not_save() -> None:
+    caveat = engine_named("sglang").caveat
+    assert "for every position of a prompt again" in (caveat(replace(CPU, prefix_caching=True)) or "")
+    assert "again" not in (caveat(CPU) or "")
+    assert caveat(replace(GPU, prefix_caching=True)) is None
+
+
+def test_continuous_batching_of_transformers_leaves_memory_to_the_others_on_a_cpu() -> None:
+    command = engine_named("transformers").serve_command
+    flag = "--cb-max-memory-percent"  # of all memory, and 90 of 100 by default
+    batching = command(replace(CPU, continuous_batching=True))
+    assert float(batching[batching.index(flag) + 1]) <= 0.1
+    assert "--continuous-batching" in batching
+    assert flag not in command(replace(GPU, continuous_batching=True))
+    assert not {flag, "--continuous-batching"} & set(command(CPU))
+
+
 def test_an_unknown_engine_is_answered_with_those_that_are_known() -> None:
     with pytest.raises(EngineError, match=r"no engine called 'vlm'. Known engines: transformers, vllm, sglang\.$"):
         engine_named("vlm")

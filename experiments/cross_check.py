@@ -56,7 +56,7 @@ class Measured:
 
 async def ours(host: LocalHost, requests: int, tokens: int) -> Measured:
     """By the concurrency experiment: a wave with nothing between the arrivals."""
-    plan = ConcurrencyPlan(DEFAULT_PROMPT, (ENGINE.name,), 1, 0, tokens, levels=(requests,), spacing_ms=0)
+    plan = ConcurrencyPlan(DEFAULT_PROMPT, (ENGINE.name,), 1, 1, tokens, levels=(requests,), spacing_ms=0)
     point = level_point(await run(EXPERIMENT, plan, host, lambda event: None), ENGINE.name, requests)
     if point is None or point.failed or None in (point.ttft_p50, point.tpot_p50, point.tokens_per_second):
         raise CrossCheckError(f"our own measurement of {requests} requests failed: {point}")

@@ -56,7 +56,8 @@ def notes(result: ExperimentResult) -> list[str]:
                 f"{engine.title}: {bunched} of {len(result.measured(engine.name))} answers arrived in a few large "
                 "pieces, because its server was held up; their first token and speed say little, their E2E is right."
             )
-    said += [f"{engine.title}: {engine.unavailable}" for engine in result.engines if engine.unavailable]
+    # Several variants of one engine often lack the same thing for the same reason.
+    said += dict.fromkeys(f"{engine.label}: {engine.unavailable}" for engine in result.engines if engine.unavailable)
     said += dict.fromkeys(engine.caveat for engine in result.engines if engine.caveat)
     return said + EXPERIMENTS_BY_NAME[result.experiment].notes(result)
 

@@ -33,16 +33,17 @@ def build_app(host: LocalHost, recordings: Path = RECORDINGS) -> gr.Blocks:
     page = gr.Blocks(title=TITLE, analytics_enabled=False)
     with page:
         gr.HTML(masthead_html(host), padding=False)
-        tabs = []
+        tabs, entrances = [], []
         with gr.Tabs() as all_tabs:
             for experiment in EXPERIMENTS:
-                with gr.Tab(experiment.title, id=experiment.name) as entered:
-                    tabs.append(tab := experiment_tab(experiment, host, sessions))
-                # The first tab is there with the page; the others are when somebody opens them.
-                events = [entered.select] if len(tabs) > 1 else [page.load, entered.select]
-                wire_opening(experiment, sessions, tab, events)
+                with gr.Tab(experiment.title, id=experiment.name) as entrance:
+                    tabs.append(experiment_tab(experiment, host, sessions))
+                entrances.append(entrance)
             with gr.Tab("Results", id=RESULTS):
                 results = results_tab(sessions)
+        for place, (experiment, tab, entrance) in enumerate(zip(EXPERIMENTS, tabs, entrances, strict=True)):
+            # The first tab is there with the page; the others are when somebody opens them.
+            wire_opening(experiment, sessions, tab, [entrance.select] if place else [page.load, entrance.select])
         heads = [lane.head for tab in tabs for lane in tab.lanes.values()]
         names = [name for tab in tabs for name in tab.lanes]
         shown = gr.State({})  # name -> what this visitor's lights show, so that nothing is sent twice

@@ -43,14 +43,17 @@ class CrossCheckError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One round: TTFT p50 and TPOT p50 in ms, output tokens of all requests / s until the last one was answered."""
+    """One round: TTFT p50 and TPOT p50 in ms, output tokens of all requests / s until the last one was answered.
+
+    TPOT is None where every answer came in one piece, so that nothing is known of its pace.
+    """
 
     ttft_p50: float
-    tpot_p50: float
+    tpot_p50: float | None
     tokens_per_second: float
 
     @property
-    def values(self) -> tuple[float, float, float]:
+    def values(self) -> tuple[float, float | None, float]:
         return (self.ttft_p50, self.tpot_p50, self.tokens_per_second)
 
 
@@ -58,10 +61,11 @@ async def ours(host: LocalHost, requests: int, tokens: int) -> Measured:
     """By the concurrency experiment: a wave with nothing between the arrivals."""
     plan = ConcurrencyPlan(DEFAULT_PROMPT, (ENGINE.name,), 1, 1, tokens, levels=(requests,), spacing_ms=0)
     point = level_point(await run(EXPERIMENT, plan, host, lambda event: None), ENGINE.name, requests)
-    if point is None or point.failed or None in (point.ttft_p50, point.tpot_p50, point.tokens_per_second):
+    if point is None or point.failed or None in (point.ttft_p50, point.tokens_per_second):
         raise CrossCheckError(f"our own measurement of {requests} requests failed: {point}")
-    assert point.ttft_p50 is not None and point.tpot_p50 is not None and point.tokens_per_second is not None
-    return Measured(point.ttft_p50 * MILLISECONDS, point.tpot_p50 * MILLISECONDS, point.tokens_per_second)
+    assert point.ttft_p50 is not None and point.tokens_per_second is not None
+    tpot = None if point.tpot_p50 is None else point.tpot_p50 * MILLISECONDS
+    return Measured(point.ttft_p50 * MILLISECONDS, tpot, point.tokens_per_second)
 
 
 def bench_command(serving: Serving, requests: int, tokens: int, folder: Path) -> list[str]:

@@ -195,21 +195,22 @@ def main() -> int:
         serving = host.ready(ENGINE.name)
         python = Environment(ENGINE, host.hardware.device).program("python")
         lines: list[Compared] = []
+        left_out: list[str] = []
         for requests in levels:
             asyncio.run(ours(host, requests, options.tokens))  # warms batches of this size
             rounds = []
-            for number in range(options.rounds):
-                print(f"{requests} requests, round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
-                rounds.append(
-                    (
-                        asyncio.run(ours(host, requests, options.tokens)),
-                        theirs(python, serving, requests, options.tokens),
-                    )
-                )
+            for number in range(1, options.rounds + 1):
+                print(f"{requests} requests, round {number} of {options.rounds}", file=sys.stderr, flush=True)
+                try:
+                    mine = asyncio.run(ours(host, requests, options.tokens))
+                    rounds.append((mine, theirs(python, serving, requests, options.tokens)))
+                except CrossCheckError as error:
+                    left_out.append(f"round {number} with {requests} requests is left out: {error}")
+                    print(left_out[-1], file=sys.stderr, flush=True)
             lines += compared(requests, rounds)
         print(f"vLLM {serving.version}, {host.model_label}, {host.hardware.words}, {options.tokens} tokens each")
         print(f"requests  {'quantity':<14}  {'ours':>16}  {'vllm bench serve':>16}  {'ours / theirs':<22}  verdict")
-        print("\n".join(line.line for line in lines))
+        print("\n".join([*(line.line for line in lines), *left_out]))
     except (CrossCheckError, EngineError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ def sessions(tmp_path: Path) -> Sessions:
     for run in ("first", "second"):
         replace(result_of(quick=[100.0, 101.0]), id=run).save(tmp_path / "results")
     replace(result_of(quick=[100.0]), id="other", experiment="speculation").save(tmp_path / "results")
-    return Sessions(tmp_path / "results")
+    return Sessions(tmp_path / "results", recordings=tmp_path / "none")
 
 
 @pytest.fixture

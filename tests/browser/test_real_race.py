@@ -48,7 +48,9 @@ def test_a_recording_is_shown_before_any_engine_is_ready(app: RunningApp, open_p
     for experiment in EXPERIMENTS:
         name = experiment.name
         page.get_by_role("tab", name=experiment.title).click()
-        expect(page.locator(f"#{name}-progress")).to_contain_text("Recorded, not live: inference-explainer")
+        # Three engines start meanwhile on the same two cores.
+        told = expect(page.locator(f"#{name}-progress"))
+        told.to_contain_text("Recorded, not live: inference-explainer", timeout=60_000)
         expect(page.locator(f"#{name}-{experiment.charts[0].name}-chart .main-svg").first).to_be_visible()
         assert page.locator(f"#{name}-table tbody tr").count() >= len(NAMES)
         for engine in NAMES:

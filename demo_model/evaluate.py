@@ -14,8 +14,9 @@ from demo_model.bundled import default_model
 from engines import ENGINES
 from engines.agreement import Agreement, agreement
 from engines.base import Request
+from engines.client import EngineClient
 from engines.local import LocalHost
-from engines.openai_stream import ChatClient, ChatStreamParser, Endpoint
+from engines.openai_stream import ChatStreamParser, Endpoint
 from engines.timeline import Timeline, record
 
 QUESTIONS = Path(__file__).parent / "held_back.txt"
@@ -28,7 +29,7 @@ def held_back_questions() -> list[str]:
 
 async def answers(endpoint: Endpoint, questions: list[str], longest: int = LONGEST_ANSWER) -> list[Timeline]:
     """At temperature 0, one at a time, each until the model ends it or it has `longest` tokens."""
-    async with ChatClient(endpoint) as client:
+    async with EngineClient(endpoint) as client:
         requests = [Request(question, longest, fixed_length=False) for question in questions]
         return [await record(request, client.blocks, ChatStreamParser()) for request in requests]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from engines.clock import monotonic_clock
 from engines.gpus import gpu_named
 from engines.hardware import Hardware
-from engines.timeline import monotonic_clock
 
 ROUNDS = 12
 LEAST_ROUND_SECONDS = 0.02  # shorter rounds would measure the starting of threads

@@ -13,12 +13,12 @@ from typing import Literal
 
 from engines.bandwidth import Bandwidth, memory_bandwidth
 from engines.base import Engine, EngineConfig, EngineError, EngineStopped
+from engines.clock import monotonic_clock
 from engines.environments import Environment, cache_folder
 from engines.hardware import Hardware, this_machine
 from engines.model_shape import ModelShape, read_shape
 from engines.openai_stream import Endpoint
 from engines.server import PhaseTime, Server, free_port
-from engines.timeline import monotonic_clock
 
 Light = Literal["down", "installing", "starting", "ready", "busy", "failed"]
 READY_LIMIT_SECONDS = 900.0  # a large model's first start compiles and captures for minutes

@@ -1,23 +1,13 @@
-"""The OpenAI-compatible chat stream: bytes of server-sent events into chunks (pure), and the client around it."""
+"""The OpenAI-compatible chat stream: what a request says, and bytes of server-sent events into chunks. Pure."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
+from engines.base import Chunk, Engine, Request, SpeculationCounters, Usage
 
-from engines.base import Chunk, Engine, EngineError, Request, SpeculationCounters, Usage
-
-# A long prefill sends nothing for minutes, so only silence between bytes is bounded, generously.
-SILENCE_LIMIT_SECONDS = 600
-CONNECT_LIMIT_SECONDS = 10
-# An idle connection is dropped before the server drops it: uvicorn, which all three engines use, waits 5 s, and a
-# request sent at that moment fails ("Server disconnected").
-KEEP_ALIVE_SECONDS = 4
-READ_BUFFER_BYTES = 1 << 22  # the default 64 KiB throttles long contexts
 ERROR_CHARACTERS = 500
 
 
@@ -108,72 +98,3 @@ class Endpoint:
             "stream": True,
             **self.engine.request_fields(request),
         }
-
-
-class ChatClient:
-    """One warm pool of connections to one endpoint: `async with ChatClient(endpoint) as client`.
-
-    `connections` bounds how many requests may be open at once; the pool never caps below it.
-    """
-
-    def __init__(self, endpoint: Endpoint, connections: int = 1) -> None:
-        self.endpoint = endpoint
-        self._connections = connections
-        self._session: aiohttp.ClientSession | None = None
-
-    async def __aenter__(self) -> ChatClient:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=KEEP_ALIVE_SECONDS),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=CONNECT_LIMIT_SECONDS, sock_read=SILENCE_LIMIT_SECONDS
-            ),
-            read_bufsize=READ_BUFFER_BYTES,
-            trust_env=False,  # a proxy between us and a server on this machine would be measured too
-        )
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        assert self._session is not None
-        await self._session.close()
-
-    async def blocks(self, request: Request) -> AsyncGenerator[bytes, None]:
-        """The answer's bytes as they leave the socket. Raises EngineError for whatever goes wrong."""
-        assert self._session is not None, "use ChatClient as a context manager"
-        label, url = self.endpoint.engine.label, f"{self.endpoint.base_url}/v1/chat/completions"
-        try:
-            async with self._session.post(url, json=self.endpoint.body(request)) as response:
-                if response.status != 200:
-                    answer = (await response.text())[:ERROR_CHARACTERS]
-                    raise EngineError(f"{label} refused the request with HTTP {response.status}: {answer}")
-                async for block in response.content.iter_any():
-                    yield block
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as failure:
-            raise EngineError(f"{label} cannot be reached at {self.endpoint.base_url}.") from failure
-        except TimeoutError as failure:  # before ClientError, which aiohttp's timeouts are as well
-            raise EngineError(f"{label} sent nothing for {SILENCE_LIMIT_SECONDS} s.") from failure
-        except (aiohttp.ClientError, ConnectionError) as failure:
-            raise EngineError(f"{label} broke off the answer: {failure or type(failure).__name__}.") from failure
-
-    async def counters(self) -> SpeculationCounters | None:
-        """What the engine has counted since it started; None where it has no such counters."""
-        read = self.endpoint.engine.read_counters
-        return read(await self._exchange("GET", "/metrics")) if read else None
-
-    async def empty_caches(self) -> bool:
-        """Make the engine forget every cached prefix; False where it keeps none."""
-        path = self.endpoint.engine.empty_caches_path
-        if path:
-            await self._exchange("POST", path)
-        return bool(path)
-
-    async def _exchange(self, method: str, path: str) -> str:
-        assert self._session is not None, "use ChatClient as a context manager"
-        label = self.endpoint.engine.label
-        try:
-            async with self._session.request(method, f"{self.endpoint.base_url}{path}") as response:
-                text = await response.text()
-                if response.status != 200:
-                    raise EngineError(f"{label} answered {path} with HTTP {response.status}: {text[:ERROR_CHARACTERS]}")
-                return text
-        except (aiohttp.ClientError, ConnectionError, TimeoutError) as failure:
-            raise EngineError(f"{label} did not answer {path}: {failure or type(failure).__name__}.") from failure

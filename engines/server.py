@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 
 from engines.base import Engine, EngineConfig, EngineError, EngineStopped
+from engines.clock import monotonic_clock
 from engines.environments import Environment
 from engines.openai_stream import Endpoint
 from engines.process import KeptProcess
-from engines.timeline import monotonic_clock
 
 HEALTH_LOOK_SECONDS = 0.25
 TAIL_LINES = 30

@@ -1,21 +1,17 @@
-"""The one clock: stamps what an engine sends, and keeps every arrival.
+"""What came of one request: every arrival with its moment, built from stamped blocks of bytes.
 
-Nothing else in the project reads a clock to measure an engine. `record` stamps each block of bytes as it
-leaves the socket, before a byte of it is parsed, so parsing never enters a number.
+A block is stamped as it comes in, before a byte of it is parsed, so parsing never enters a number.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from engines.base import Chunk, EngineError, Request, Usage
-
-Clock = Callable[[], float]
-monotonic_clock: Clock = time.perf_counter
+from engines.clock import Clock, monotonic_clock
 
 TokenSource = Literal["per chunk", "final usage", "estimated"]
 
@@ -56,6 +52,64 @@ class ChunkParser(Protocol):
     def feed(self, block: bytes) -> list[Chunk]: ...
 
 
+class TimelineBuilder:
+    """Builds the timeline of one request that was sent at the moment `sent`. Moments are those of the one clock.
+
+    `error`: what the engine said went wrong, within its answer; nothing after it is read.
+    """
+
+    __slots__ = ("arrivals", "error", "_finish_reason", "_parser", "_reported", "_sent", "_usage")
+
+    def __init__(self, sent: float, parser: ChunkParser) -> None:
+        self.arrivals: list[Arrival] = []
+        self.error: str | None = None
+        self._sent, self._parser = sent, parser
+        self._usage: Usage | None = None
+        self._reported = 0  # tokens so far, from usage that came with chunks
+        self._finish_reason: str | None = None
+
+    def feed(self, at: float, block: bytes) -> list[Arrival]:
+        """The arrivals in a block that came at the moment `at`."""
+        if self.error:
+            return []
+        new: list[Arrival] = []
+        for chunk in self._parser.feed(block):
+            self._usage = _joined(self._usage, chunk.usage)
+            self._finish_reason = chunk.finish_reason or self._finish_reason
+            if chunk.error:
+                self.error = chunk.error
+                break
+            if not chunk.has_output:
+                continue
+            tokens = None
+            if chunk.usage and chunk.usage.output_tokens is not None:
+                tokens = chunk.usage.output_tokens - self._reported
+                self._reported = chunk.usage.output_tokens
+            for text, reasoning in ((chunk.reasoning, True), (chunk.text, False)):
+                if text:
+                    new.append(Arrival(at - self._sent, text, reasoning, tokens))
+                    tokens = None if tokens is None else 0  # counted with the first of the two
+        self.arrivals += new
+        return new
+
+    def finish(self, closed: float, error: str | None = None, origin: float = 0.0) -> Timeline:
+        """The timeline of an answer that ended at the moment `closed`. `origin`: the moment at which the run began."""
+        error = self.error or error
+        if error is None and not self.arrivals:
+            error = "The engine ended its answer without a single token."
+        elif error is None and self._finish_reason is None:
+            error = "The engine's answer broke off before its end."
+        timeline = Timeline(
+            sent=self._sent - origin,
+            arrivals=tuple(self.arrivals),
+            closed=closed - self._sent,
+            usage=self._usage or Usage(),
+            finish_reason=self._finish_reason,
+            error=error,
+        )
+        return _with_counted_tokens(timeline)
+
+
 async def record(
     request: Request,
     blocks: Callable[[Request], AsyncGenerator[bytes, None]],
@@ -64,55 +118,23 @@ async def record(
     clock: Clock = monotonic_clock,
     origin: float = 0.0,
 ) -> Timeline:
-    """Send `request`, stamp everything that comes back, and return its timeline.
+    """Send a single `request`, stamp every block that comes back as it is read, and return its timeline.
 
     A failure of the engine ends the timeline with its `error`, and keeps what came before it.
     `origin` is the clock's reading at the start of the run.
     """
-    sent = clock()
-    arrivals: list[Arrival] = []
-    usage: Usage | None = None
-    reported_tokens = 0  # cumulative, from usage that came with chunks
-    finish_reason: str | None = None
+    builder = TimelineBuilder(clock(), parser)
     error: str | None = None
     try:
         async with aclosing(blocks(request)) as stream:
             async for block in stream:
-                at = clock() - sent
-                for chunk in parser.feed(block):
-                    usage = _joined(usage, chunk.usage)
-                    finish_reason = chunk.finish_reason or finish_reason
-                    if chunk.error:
-                        raise EngineError(chunk.error)
-                    if not chunk.has_output:
-                        continue
-                    tokens = None
-                    if chunk.usage and chunk.usage.output_tokens is not None:
-                        tokens = chunk.usage.output_tokens - reported_tokens
-                        reported_tokens = chunk.usage.output_tokens
-                    for text, reasoning in ((chunk.reasoning, True), (chunk.text, False)):
-                        if text:
-                            arrival = Arrival(at, text, reasoning, tokens)
-                            arrivals.append(arrival)
-                            on_arrival(arrival)
-                            tokens = None if tokens is None else 0  # counted with the first of the two
+                for arrival in builder.feed(clock(), block):
+                    on_arrival(arrival)
+                if builder.error:
+                    break
     except EngineError as failure:
         error = failure.message
-    finally:
-        closed = clock() - sent
-    if error is None and not arrivals:
-        error = "The engine ended its answer without a single token."
-    elif error is None and finish_reason is None:
-        error = "The engine's answer broke off before its end."
-    timeline = Timeline(
-        sent=sent - origin,
-        arrivals=tuple(arrivals),
-        closed=closed,
-        usage=usage or Usage(),
-        finish_reason=finish_reason,
-        error=error,
-    )
-    return _with_counted_tokens(timeline)
+    return builder.finish(clock(), error, origin)
 
 
 def _joined(before: Usage | None, now: Usage | None) -> Usage | None:

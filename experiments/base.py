@@ -225,6 +225,7 @@ class Trial:
 
     Rows with the same `group` are averaged together. With `sustained_seconds` each prompt is a user who asks again
     as soon as the answer is there, for that long. `only`: the keys of the contenders that take part; empty: all.
+    `max_tokens`: of each answer, where it differs from the plan's.
     """
 
     words: str  # for the progress line: "repeat 2 of 3"
@@ -236,6 +237,7 @@ class Trial:
     sustained_seconds: float | None = None
     empty_caches: bool = False
     only: tuple[str, ...] = ()
+    max_tokens: int | None = None
 
 
 # What happens during a run, in the order in which it happens. `engine` is always a contender's key.

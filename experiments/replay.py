@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 
-from engines.timeline import monotonic_clock
+from engines.clock import monotonic_clock
 from experiments.base import (
     EngineFailed,
     EngineReady,

@@ -12,11 +12,13 @@ from typing import Any
 from engines.bandwidth import Bandwidth
 from engines.base import SpeculationCounters
 from engines.gpus import Price
+from engines.load import GeneratorHealth
 from engines.model_shape import ModelShape
 from engines.timeline import Timeline
 from experiments.metrics import Distribution, Metric, RequestMetrics
 
-SCHEMA = 2  # 1 had engines without variants, and no trials; it is still read
+# 1 had engines without variants, and no trials; 2 said nothing of the load generator. Both are still read.
+SCHEMA = 3
 
 
 class ResultError(Exception):
@@ -51,8 +53,8 @@ class RequestRow:
 
 @dataclass(frozen=True, slots=True)
 class TrialRow:
-    """One contender's trial: when it ran (seconds on the run's clock), what its engine counted meanwhile, and whether
-    its caches were emptied before it (None: it was not asked to)."""
+    """One contender's trial: when it ran (seconds on the run's clock), what its engine counted meanwhile, whether its
+    caches were emptied before it (None: it was not asked to), and how the load generator was."""
 
     engine: str
     group: str
@@ -62,6 +64,7 @@ class TrialRow:
     ended: float
     speculation: SpeculationCounters | None = None
     caches_emptied: bool | None = None
+    generator: GeneratorHealth | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,17 @@ import contextlib
 import platform
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import TypeVar
 
 from engines.bandwidth import Bandwidth
 from engines.base import EngineError, Request, SpeculationCounters
+from engines.client import EngineClient
+from engines.clock import monotonic_clock
+from engines.load import Answered, GeneratorHealth, LoadGenerator
 from engines.local import Serving
 from engines.model_shape import ModelShape
-from engines.openai_stream import ChatClient, ChatStreamParser
-from engines.timeline import Clock, monotonic_clock, record
 from experiments.base import (
     Contender,
     Emit,
@@ -37,20 +37,17 @@ from experiments.limits import price_of
 from experiments.result import EngineRow, ExperimentResult, RequestRow, TrialRow, engine_of, new_id
 
 T = TypeVar("T")
-FAILED_PAUSE_SECONDS = 0.5
 RACE_LABEL = "Race: the engines ran at the same time and slowed each other down; these are not speeds of their own."
 SHARED_CORES_LABEL = "Measured on a CPU: engine, load generator and page share its cores."
 
 
-async def run(
-    experiment: Experiment, plan: Plan, host: Host, emit: Emit, clock: Clock = monotonic_clock
-) -> ExperimentResult:
+async def run(experiment: Experiment, plan: Plan, host: Host, emit: Emit) -> ExperimentResult:
     """Run `plan` and return its result, also emitted last.
 
     An engine that cannot be started becomes a row with its error, and so does a failed request; the run goes on.
     When the task is cancelled, what was measured so far is emitted as a result that was stopped early.
     """
-    runner = _Runner(experiment, plan, host, emit, clock)
+    runner = _Runner(experiment, plan, host, emit)
     with host.in_use():
         try:
             await runner.run()
@@ -63,16 +60,24 @@ async def run(
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """How a contender is reached: for load that is measured, and for what is asked of it in between."""
+
+    load: LoadGenerator
+    client: EngineClient
+
+
 class _Runner:
-    def __init__(self, experiment: Experiment, plan: Plan, host: Host, emit: Emit, clock: Clock) -> None:
-        self.experiment, self.plan, self.host, self.emit, self.clock = experiment, plan, host, emit, clock
+    def __init__(self, experiment: Experiment, plan: Plan, host: Host, emit: Emit) -> None:
+        self.experiment, self.plan, self.host, self.emit = experiment, plan, host, emit
         self.contenders = experiment.contenders(plan, host)
         able = tuple(contender for contender in self.contenders if not contender.unavailable)
         self.trials = experiment.trials(plan, able)
         self.total = sum(takes_part(trial, contender.key) for trial in self.trials for contender in able)
         self.done = 0
         self.started = datetime.now(UTC)
-        self.origin = clock()
+        self.origin = monotonic_clock()
         self.rows: dict[str, EngineRow] = {}
         self.requests: list[RequestRow] = []
         self.trial_rows: list[TrialRow] = []
@@ -93,21 +98,22 @@ class _Runner:
         """Contenders that can be loaded at the same time: they take turns, trial by trial."""
         async with contextlib.AsyncExitStack() as stack:
             readied = await asyncio.gather(*(self._ready(contender) for contender in block))
-            connections = max((len(trial.prompts) for trial in self.trials), default=1)
-            clients: dict[str, ChatClient] = {}
+            reached: dict[str, _Reached] = {}
             for contender, serving in zip(block, readied, strict=True):
                 if serving:
-                    clients[contender.key] = await stack.enter_async_context(ChatClient(serving.endpoint, connections))
-            if clients and self.bandwidth is None:
+                    load = await stack.enter_async_context(LoadGenerator(serving.endpoint, self.origin))
+                    client = await stack.enter_async_context(EngineClient(serving.endpoint))
+                    reached[contender.key] = _Reached(load, client)
+            if reached and self.bandwidth is None:
                 await in_thread(self._learn_limits)
             for trial in self.trials:
-                order = rotated(tuple(clients), 0 if trial.warmup else trial.repeat - 1)
+                order = rotated(tuple(reached), 0 if trial.warmup else trial.repeat - 1)
                 order = tuple(key for key in order if takes_part(trial, key))
                 if self.plan.race:
-                    await asyncio.gather(*(self._trial(key, clients[key], trial) for key in order))
+                    await asyncio.gather(*(self._trial(key, reached[key], trial) for key in order))
                 else:
                     for key in order:
-                        await self._trial(key, clients[key], trial)
+                        await self._trial(key, reached[key], trial)
 
     async def _ready(self, contender: Contender) -> Serving | None:
         key, name = contender.key, contender.engine.name
@@ -134,77 +140,59 @@ class _Runner:
         self.model_shape = self.host.model_shape()
         self.bandwidth = self.host.memory_bandwidth(self.model_shape) if self.model_shape else None
 
-    async def _trial(self, key: str, client: ChatClient, trial: Trial) -> None:
+    async def _trial(self, key: str, reached: _Reached, trial: Trial) -> None:
         if not self.plan.race and not await in_thread(lambda: self.host.settle(engine_of(key))):
             self.restless = True
         self.emit(TrialStarted(key, trial, self.total, self.done))
-        emptied = await self._emptied(client) if trial.empty_caches else None
+        emptied = await self._emptied(reached.client) if trial.empty_caches else None
         # Only where there is something to count: the engine makes its metrics' text just before it is timed.
         speculates = bool(self.rows[key].config.get("speculation"))
-        before = await self._counters(client) if speculates else None
-        began = self.clock() - self.origin
+        before = await self._counters(reached.client) if speculates else None
+        began = monotonic_clock() - self.origin
         with self.host.busy(engine_of(key)):
-            if trial.sustained_seconds is None:
-                rows = await self._wave(key, client, trial)
-            else:
-                rows = await self._sustained(key, client, trial, trial.sustained_seconds)
-        ended = self.clock() - self.origin
-        counted = _counted(before, await self._counters(client) if speculates else None, rows)
-        self.trial_rows.append(TrialRow(key, trial.group, trial.repeat, trial.warmup, began, ended, counted, emptied))
+            rows, health = await self._requests(key, reached.load, trial)
+        ended = monotonic_clock() - self.origin
+        counted = _counted(before, await self._counters(reached.client) if speculates else None, rows)
+        self.trial_rows.append(
+            TrialRow(key, trial.group, trial.repeat, trial.warmup, began, ended, counted, emptied, health)
+        )
         self.done += 1
 
-    async def _wave(self, key: str, client: ChatClient, trial: Trial) -> list[RequestRow]:
-        """One request per prompt, each sent at its planned moment whatever became of those before it."""
-        begin = self.clock()
-
-        async def planned(index: int, prompt: str) -> RequestRow:
-            moment = begin + index * trial.spacing
-            if (wait := moment - self.clock()) > 0:
-                await asyncio.sleep(wait)
-            return await self._request(key, client, trial, index, prompt, moment - self.origin)
-
-        return list(await asyncio.gather(*(planned(*numbered) for numbered in enumerate(trial.prompts))))
-
-    async def _sustained(self, key: str, client: ChatClient, trial: Trial, seconds: float) -> list[RequestRow]:
-        """One user per prompt, each asking again at once, until the time is up; what is under way is finished."""
-        until = self.clock() + seconds
+    async def _requests(self, key: str, load: LoadGenerator, trial: Trial) -> tuple[list[RequestRow], GeneratorHealth]:
+        plan = self.plan
         rows: list[RequestRow] = []
 
-        async def user(index: int, prompt: str) -> None:
-            while self.clock() < until:
-                row = await self._request(key, client, trial, index, prompt, self.clock() - self.origin)
-                rows.append(row)
-                if row.timeline.error:
-                    await asyncio.sleep(FAILED_PAUSE_SECONDS)  # a server that refuses at once is not asked in a spin
+        def ended(answered: Answered) -> None:
+            row = RequestRow(
+                key, trial.repeat, trial.warmup, answered.timeline, trial.group, answered.index, answered.planned
+            )
+            rows.append(row)
+            self.requests.append(row)
+            self.emit(RequestEnded(row))
 
-        await asyncio.gather(*(user(*numbered) for numbered in enumerate(trial.prompts)))
-        return rows
-
-    async def _request(
-        self, key: str, client: ChatClient, trial: Trial, index: int, prompt: str, planned: float
-    ) -> RequestRow:
-        plan = self.plan
-        self.emit(RequestStarted(key, index))
-        timeline = await record(
-            Request(prompt, plan.max_tokens, plan.fixed_length, plan.temperature, plan.seed),
-            client.blocks,
-            ChatStreamParser(),
-            on_arrival=lambda arrival: self.emit(TokensArrived(key, arrival, index)),
-            clock=self.clock,
-            origin=self.origin,
+        requests = [
+            (
+                index * trial.spacing,
+                Request(prompt, trial.max_tokens or plan.max_tokens, plan.fixed_length, plan.temperature, plan.seed),
+            )
+            for index, prompt in enumerate(trial.prompts)
+        ]
+        _, health = await load.answers(
+            requests,
+            trial.sustained_seconds,
+            on_sent=lambda index: self.emit(RequestStarted(key, index)),
+            on_arrival=lambda index, arrival: self.emit(TokensArrived(key, arrival, index)),
+            on_ended=ended,
         )
-        row = RequestRow(key, trial.repeat, trial.warmup, timeline, trial.group, index, planned)
-        self.requests.append(row)
-        self.emit(RequestEnded(row))
-        return row
+        return rows, health
 
-    async def _emptied(self, client: ChatClient) -> bool:
+    async def _emptied(self, client: EngineClient) -> bool:
         try:
             return await client.empty_caches()
         except EngineError:
             return False  # the requests that follow fail with their own reason, or show cached tokens
 
-    async def _counters(self, client: ChatClient) -> SpeculationCounters | None:
+    async def _counters(self, client: EngineClient) -> SpeculationCounters | None:
         try:
             return await client.counters()
         except EngineError:
@@ -224,7 +212,7 @@ class _Runner:
             requests=tuple(self.requests),
             trials=tuple(self.trial_rows),
             labels=self._labels(),
-            versions={"python": platform.python_version(), "aiohttp": metadata.version("aiohttp")},
+            versions={"python": platform.python_version()},
             stopped_early=self.stopped_early,
             model_shape=self.model_shape,
             bandwidth=self.bandwidth,

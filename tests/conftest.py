@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.running import RunningTruth
 from demo_model.bundled import default_model
 from engines.base import Engine
 from engines.hardware import Hardware
@@ -50,6 +51,13 @@ def make_host(model: str, tmp_path: Path) -> Iterator[Callable[..., LocalHost]]:
     yield make
     for host in hosts:
         host.close()
+
+
+@pytest.fixture(scope="module")
+def truth() -> Iterator[RunningTruth]:
+    """A server whose every moment is known; each test gives it a schedule of its own."""
+    with RunningTruth() as running:
+        yield running
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def test_the_lowest_files_need_the_standard_library_only(name: str) -> None:
 def test_one_file_reads_the_clock_that_measures() -> None:
     measuring = [path for path in source_files() if "demo_model" not in path.parts]
     reading = [path.name for path in measuring if "perf_counter" in path.read_text(encoding="utf-8")]
-    assert reading == ["timeline.py"]
+    assert reading == ["clock.py"]
 
 
 def test_nothing_loads_an_engine_or_a_tensor_library_into_the_app() -> None:

@@ -20,9 +20,10 @@ import pytest
 
 from engines import engine_named, environments, local, server
 from engines.base import Engine, EngineConfig, EngineError, Request
+from engines.client import EngineClient
 from engines.environments import Environment
 from engines.local import LocalHost, Serving
-from engines.openai_stream import ChatClient, ChatStreamParser
+from engines.openai_stream import ChatStreamParser
 from engines.timeline import Arrival, Timeline, record
 from tests.conftest import MACHINE, wait_until
 from tests.engines.test_environments import lay_out, make_wheel
@@ -42,7 +43,7 @@ def no_process_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def ask(serving: Serving, on_arrival: Callable[[Arrival], None] = lambda arrival: None, tokens: int = 12) -> Timeline:
     async def one_request() -> Timeline:
-        async with ChatClient(serving.endpoint) as client:
+        async with EngineClient(serving.endpoint) as client:
             return await record(Request("Why?", tokens), client.blocks, ChatStreamParser(), on_arrival)
 
     return asyncio.run(one_request())

@@ -22,10 +22,11 @@ from demo_model.evaluate import answers, held_back_questions
 from engines import ENGINES, engine_named
 from engines.agreement import agreement
 from engines.base import EngineConfig, EngineError, Request
+from engines.client import EngineClient
 from engines.environments import Environment, cache_folder
 from engines.hardware import this_machine
 from engines.local import LocalHost, Serving
-from engines.openai_stream import ChatClient, ChatStreamParser
+from engines.openai_stream import ChatStreamParser
 from engines.timeline import Timeline, record
 from experiments.base import Plan
 from experiments.baseline import EXPERIMENT
@@ -66,7 +67,7 @@ def serving(request: pytest.FixtureRequest, host: LocalHost) -> Serving:
 
 def ask(serving: Serving, tokens: int = TOKENS, fixed: bool = True) -> Timeline:
     async def exchange() -> Timeline:
-        async with ChatClient(serving.endpoint) as client:
+        async with EngineClient(serving.endpoint) as client:
             question = Request("Write about the cache.", max_tokens=tokens, fixed_length=fixed)
             return await record(question, client.blocks, ChatStreamParser())
 

@@ -10,12 +10,11 @@ from typing import get_args
 import psutil
 import pytest
 
-from engines import openai_stream
 from engines.base import Request, Usage
+from engines.load import LoadGenerator
 from engines.local import LocalHost
-from engines.openai_stream import ChatClient, ChatStreamParser
 from engines.scripted import SCRIPTED_ENGINES, Fault, Script, scripted_engine
-from engines.timeline import Timeline, record
+from engines.timeline import Timeline
 from tests.conftest import MACHINE, wait_until
 
 SCRIPTS = {
@@ -41,8 +40,9 @@ class Engines:
 
     def ask(self, name: str, tokens: int = 10) -> Timeline:
         async def one_request() -> Timeline:
-            async with ChatClient(self.host.ready(name).endpoint) as client:
-                return await record(Request("Why?", tokens), client.blocks, ChatStreamParser())
+            async with LoadGenerator(self.host.ready(name).endpoint, silence_seconds=0.3) as load:
+                answers, _ = await load.answers([(0.0, Request("Why?", tokens))])
+                return answers[0].timeline
 
         return asyncio.run(one_request())
 
@@ -101,9 +101,8 @@ def test_reasoning_comes_first_and_is_not_part_of_the_text(engines: Engines) -> 
     ],
 )
 def test_a_fault_ends_the_timeline_with_its_error_and_keeps_what_came_before(
-    engines: Engines, monkeypatch: pytest.MonkeyPatch, fault: str, arrivals: int, error: str
+    engines: Engines, fault: str, arrivals: int, error: str
 ) -> None:
-    monkeypatch.setattr(openai_stream, "SILENCE_LIMIT_SECONDS", 0.3)
     timeline = engines.ask(fault)
     assert timeline.error is not None and timeline.error.startswith(error)
     assert len(timeline.arrivals) == arrivals

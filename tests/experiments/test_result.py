@@ -18,6 +18,7 @@ from experiments.metrics import METRICS
 from experiments.result import SCHEMA, EngineRow, ExperimentResult, RequestRow, ResultError, TrialRow, new_id
 
 SCHEMA_1 = Path(__file__).parent / "data" / "schema_1.json"  # from a real run of scripted engines
+SCHEMA_2 = Path(__file__).parent / "data" / "schema_2.json"  # from a real run of the three engines on a CPU
 
 OUTCOMES = list[float | None] | str
 
@@ -97,12 +98,19 @@ def test_a_file_from_before_there_were_limits_loads_without_them(schema: int) ->
     if schema == 1:
         value = json.loads(SCHEMA_1.read_text(encoding="utf-8"))
     else:
-        value = json.loads(result_of(quick=[1.0]).to_json())
+        value = {**json.loads(result_of(quick=[1.0]).to_json()), "schema": 2}
         for name in LIMITS:
             del value[name]
     assert LIMITS.keys().isdisjoint(value)
     result = ExperimentResult.from_json(json.dumps(value))
     assert (result.schema, result.model_shape, result.bandwidth, result.price) == (schema, None, None, None)
+
+
+def test_results_of_schema_2_keep_loading_and_know_no_load_generator() -> None:
+    result = ExperimentResult.from_json(SCHEMA_2.read_text(encoding="utf-8"))
+    assert (result.schema, len(result.trials), {trial.generator for trial in result.trials}) == (2, 36, {None})
+    speeds = [result.distribution(row.name, METRICS["decode_speed"]).mean for row in result.engines]
+    assert speeds == [pytest.approx(104.1, abs=0.1), pytest.approx(229.3, abs=0.1), pytest.approx(71.2, abs=0.1)]
 
 
 def test_what_is_unknown_stays_unknown_through_json() -> None:

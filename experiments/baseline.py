@@ -31,6 +31,7 @@ from experiments.limits import COST_HEADING, dollars, dollars_per_million, limit
 from experiments.metrics import METRICS, Distribution, ratio
 from experiments.result import EngineRow, ExperimentResult
 from experiments.telling import contender_table, listed, share
+from experiments.trust import beyond_ceiling
 
 TABLE_METRICS = ("decode_speed", "ttft", "tpot", "itl_p99", "e2e", "output_tokens")
 SPEED = METRICS["decode_speed"]
@@ -38,7 +39,8 @@ SPEED = METRICS["decode_speed"]
 
 def headline(result: ExperimentResult) -> str:
     """Who won, by how much, and whether the spread over repeats supports it."""
-    speeds = [(row, result.distribution(row.name, SPEED)) for row in result.engines]
+    doubtful = [row.label for row in result.engines if beyond_ceiling(result, row)]
+    speeds = [(row, result.distribution(row.name, SPEED)) for row in result.engines if row.label not in doubtful]
     # By the mean that the ratios compare, so that one outlier cannot put an engine ahead of one it loses to.
     ranked = sorted(
         ((row, speed) for row, speed in speeds if speed.mean is not None),
@@ -46,6 +48,8 @@ def headline(result: ExperimentResult) -> str:
     )
     silent = [row.label for row, speed in speeds if speed.mean is None]
     missing = f" {listed(silent)} gave no speed that could be measured." if silent else ""
+    if doubtful:
+        missing += f" {listed(doubtful)} seems faster than memory allows, so that figure is not to be trusted."
     if not ranked:
         return "No engine gave an answer that could be measured." + (missing if len(silent) > 1 else "")
     (first, best), *others = ranked

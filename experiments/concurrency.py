@@ -55,12 +55,11 @@ from experiments.levels import (
     waited,
 )
 from experiments.limits import COST_HEADING, dollars, dollars_per_million, limit_notes, of_ceiling
-from experiments.metrics import MILLISECONDS, Distribution
+from experiments.metrics import MILLISECONDS, Distribution, ratio
 from experiments.result import EngineRow, ExperimentResult
 from experiments.telling import listed, runs, share
 
-WARM_LEVEL = 8  # as many at once before anything counts, so that batch shapes are compiled by then
-LATE_SECONDS = 0.02  # of the load generator's own delay from which on it is mentioned
+WARM_TOKENS = 16  # of a warm-up's answers: enough for the shapes of a batch, and over soon
 
 
 # What is run
@@ -87,19 +86,20 @@ def levels_measured(plan: ConcurrencyPlan, key: str) -> tuple[int, ...]:
 
 
 def trials(plan: Plan, contenders: tuple[Contender, ...]) -> tuple[Trial, ...]:
-    """Warm-ups at the smallest level and, for what batches, with eight users; then level by level every repeat."""
+    """Level by level: warm-ups with as many users as will be measured, then every repeat.
+
+    What answers one request at a time computes the same with any number of users, so it is warmed up once.
+    """
     assert isinstance(plan, ConcurrencyPlan)
     measured = {contender.key: set(levels_measured(plan, contender.key)) for contender in contenders}
-    warming = {
-        key: {min(levels)} if is_sequential(key) else {min(levels), min(WARM_LEVEL, max(levels))}
-        for key, levels in measured.items()
-    }
-    return tuple(
-        _trial(plan, level, tuple(key for key in by_key if level in by_key[key]), warmup, number, of)
-        for warmup, of, by_key in ((True, plan.warmups, warming), (False, plan.repeats, measured))
-        for level in sorted(set().union(*by_key.values()))
-        for number in range(1, of + 1)
-    )
+    found = []
+    for level in sorted(set().union(*measured.values())):
+        keys = tuple(key for key, levels in measured.items() if level in levels)
+        cold = tuple(key for key in keys if not is_sequential(key) or level == min(measured[key]))
+        for taking_part, warmup, of in ((cold, True, plan.warmups), (keys, False, plan.repeats)):
+            if taking_part:
+                found += [_trial(plan, level, taking_part, warmup, number, of) for number in range(1, of + 1)]
+    return tuple(found)
 
 
 def _trial(plan: ConcurrencyPlan, level: int, keys: tuple[str, ...], warmup: bool, number: int, of: int) -> Trial:
@@ -113,6 +113,7 @@ def _trial(plan: ConcurrencyPlan, level: int, keys: tuple[str, ...], warmup: boo
         spacing=0.0 if warmup or sustained else plan.spacing_ms / MILLISECONDS,  # a warm-up's batch is to be full
         sustained_seconds=plan.seconds if sustained and not warmup else None,
         only=keys,
+        max_tokens=min(WARM_TOKENS, plan.max_tokens) if warmup else None,
     )
 
 
@@ -144,15 +145,18 @@ def headline(result: ExperimentResult) -> str:
         if point.level == level and point.tokens_per_second is not None
     ]
     there.sort(key=lambda one: -one[0])
-    (output, first, point, found), *others = there
-    gain = times_one_user(point, found) if level > 1 else None
+    (output, first, best, found), *others = there
+    gain = times_one_user(best, found) if level > 1 else None
     told = "" if gain is None else f", {gain:.1f}× its own single-user speed"
-    told += " (extrapolated)" if point.extrapolated else ""
+    told += " (extrapolated)" if best.extrapolated else ""
     parts = [f"At {users(level)} {called(first)} delivers {output:,.0f} tok/s{told}"]
     for output, row, point, found in others:
         gain = times_one_user(point, found) if level > 1 else None
         words = [f"{gain:.1f}×"] if gain is not None else []
         words += ["extrapolated"] if point.extrapolated else []
+        compared = ratio(Distribution(best.outputs), Distribution(point.outputs))
+        if compared and compared.low is not None and not compared.supported:
+            words.append("no measurable difference")
         parts.append(f"{called(row)} {output:,.0f}" + (f" ({', '.join(words)})" if words else ""))
     return f"{'; '.join(parts)}. {_served(result, by_row)}{missing}"
 
@@ -228,11 +232,6 @@ def notes(result: ExperimentResult) -> list[str]:
     if plan.load == "sustained":
         said.append(
             "Output and good requests are those of the steady state; waits include the start, when all ask at once."
-        )
-    late = Distribution.of(row.metrics.lateness for row in result.requests if not row.warmup).largest
-    if late is not None and late > LATE_SECONDS:
-        said.append(
-            f"The load generator itself was up to {late * MILLISECONDS:,.0f} ms late; that delay is part of the waits."
         )
     return said + limit_notes(result)
 
@@ -310,7 +309,11 @@ EXPERIMENT = Experiment(
             0.1,
         ),
         replace(REPEATS, default=1, info="Measured runs per engine and number of users; more narrow the spread."),
-        replace(WARMUPS, default=1, info="Rounds before them that do not count: the fewest users, then up to eight."),
+        replace(
+            WARMUPS,
+            default=1,
+            info="Rounds before them that do not count: as many users, short answers.",
+        ),
         replace(ANSWER_LENGTH, default=128),
         replace(LENGTH_KIND, default=True),
         PRICE,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.limits import CEILING_WORDS, decode_ceiling, three_digits
 from experiments.metrics import METRICS, Distribution, Metric
 from experiments.result import EngineRow, ExperimentResult
+from experiments.trust import beyond_ceiling, generator_warnings
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 PLOT_PIXELS, LINE_PIXELS = 300, 16
 HIGHEST_CEILING = 3.0  # times what is drawn; a higher ceiling is told in words
 INK, GRID, CLEAR = "#7a8290", "rgba(128,136,150,0.25)", "rgba(0,0,0,0)"
+CANNOT_BE = "<br>⚠ cannot be: above<br>what memory allows"
 FONT = "Inter, 'Segoe UI', system-ui, -apple-system, 'DejaVu Sans', sans-serif"
 
 
@@ -26,7 +28,8 @@ def styled(
 
     `pixels`: height of the plot; `axis`: room below it for the labels of the x axis.
     """
-    said = _wrapped([f"{result.source_line} · {how}" if how else result.source_line, *result.labels])
+    warnings = [f"⚠ {warning}" for warning in generator_warnings(result)]
+    said = _wrapped([f"{result.source_line} · {how}" if how else result.source_line, *result.labels, *warnings])
     chart.update_yaxes(gridcolor=GRID, zerolinecolor=GRID)
     chart.update_xaxes(gridcolor=GRID, zerolinecolor=GRID)
     return chart.update_layout(
@@ -59,7 +62,8 @@ def bar_charts(
     labels = [bar_label(row) for row in shown]
     for column, metric in enumerate(metrics, start=1):
         for row, label in zip(shown, labels, strict=True):
-            for trace in _bar(row, label, metric, result.distribution(row.name, metric)):
+            doubtful = metric is METRICS["decode_speed"] and beyond_ceiling(result, row)
+            for trace in _bar(row, label, metric, result.distribution(row.name, metric), doubtful):
                 chart.add_trace(trace, row=1, col=column)
         chart.update_yaxes(rangemode="tozero", row=1, col=column)
         if metric is METRICS["decode_speed"]:
@@ -109,7 +113,10 @@ def colour_of(row: EngineRow) -> dict[str, Any]:
     return {"color": row.colour, "pattern": {"shape": "/", "fgcolor": "white", "fgopacity": 0.45, "size": 7}}
 
 
-def _bar(row: EngineRow, label: str, metric: Metric, distribution: Distribution) -> list[dict[str, Any]]:
+def _bar(
+    row: EngineRow, label: str, metric: Metric, distribution: Distribution, doubtful: bool = False
+) -> list[dict[str, Any]]:
+    """`doubtful`: it cannot be, and is drawn as an outline with the reason in it."""
     if distribution.mean is None:
         words = "not available here" if row.unavailable else "no answer"
         # A bar of nothing shows no text, so the words stand on the axis by themselves.
@@ -122,11 +129,11 @@ def _bar(row: EngineRow, label: str, metric: Metric, distribution: Distribution)
         "x": [label],
         "y": [mean],
         "name": label,
-        "marker": colour_of(row),
-        "text": [metric.shown_with_unit(distribution.mean)],
+        "marker": {"color": CLEAR, "line": {"color": row.colour, "width": 2}} if doubtful else colour_of(row),
+        "text": [metric.shown_with_unit(distribution.mean) + (CANNOT_BE if doubtful else "")],
         "textposition": "inside",
         "insidetextanchor": "start",
-        "textfont": {"color": "white", "size": 14},
+        "textfont": {"color": INK if doubtful else "white", "size": 14},
         "hovertemplate": f"{label}<br>%{{y:.{metric.digits}f}} {metric.unit}<extra></extra>",
         "error_y": {
             "type": "data",

@@ -81,7 +81,7 @@ class LevelPoint:
     """One contender with one number of users. Times are seconds from the planned arrival; unknown is None.
 
     `goodput`: requests per second within both limits; `slo_share`: their share of all, failed ones included.
-    `spread`: half of the 95 % confidence interval of `tokens_per_second` over the repeats.
+    `outputs`: the tok/s of each repeat, of which `tokens_per_second` is the mean.
     """
 
     level: int
@@ -97,7 +97,12 @@ class LevelPoint:
     goodput: float | None
     slo_share: float | None
     extrapolated: bool
-    spread: float | None = None
+    outputs: tuple[float, ...] = ()
+
+    @property
+    def spread(self) -> float | None:
+        """Half of the 95 % confidence interval of `tokens_per_second` over the repeats, Student's t."""
+        return Distribution(self.outputs).half_width
 
 
 def planned(row: RequestRow) -> float:
@@ -233,7 +238,7 @@ def level_point(result: ExperimentResult, name: str, level: int) -> LevelPoint |
         Distribution.of(good for _, good in measured).mean,
         sum(is_good(row, plan) for row in rows) / len(rows),
         extrapolated=False,
-        spread=output.half_width,
+        outputs=output.values,
     )
 
 

@@ -7,7 +7,7 @@ import math
 from engines.gpus import PRICES_OF, Price, gpu_named
 from engines.hardware import Hardware
 from experiments.base import Plan
-from experiments.metrics import METRICS, Distribution
+from experiments.metrics import Distribution
 from experiments.result import ExperimentResult
 
 CEILING_WORDS = "memory ceiling"
@@ -75,7 +75,7 @@ def three_digits(value: float) -> str:
 
 
 def limit_notes(result: ExperimentResult) -> list[str]:
-    """How the ceiling comes about, who says what the hardware costs, and results that cannot be."""
+    """How the ceiling comes about, and who says what the hardware costs."""
     said = []
     ceiling = decode_ceiling(result)
     if ceiling is not None and result.bandwidth is not None:
@@ -85,16 +85,6 @@ def limit_notes(result: ExperimentResult) -> list[str]:
             f"keys and values of the text so far). At {three_digits(rate)} GB/s ({result.bandwidth.source}) that "
             f"allows one user {three_digits(ceiling)} tok/s, unless several tokens come out of one step."
         )
-        said += _implausible(result, ceiling)
     if result.price is not None:
         said.append(f"Cost: ${result.price.dollars_per_hour:,.2f} per hour ({result.price.source}).")
     return said
-
-
-def _implausible(result: ExperimentResult, ceiling: float) -> list[str]:
-    return [
-        f"{row.title} seems faster than memory allows: the bandwidth or the token count must be wrong."
-        for row in result.engines
-        if not row.config.get("speculation")
-        and (result.distribution(row.name, METRICS["decode_speed"]).mean or 0.0) > ceiling
-    ]

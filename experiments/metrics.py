@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from engines.timeline import Timeline
@@ -28,7 +29,7 @@ class RequestMetrics:
     def ttft(self) -> float | None:
         """Time to first token, s: from sending the request to the first chunk with text, thinking included."""
         arrivals = self.timeline.arrivals
-        return arrivals[0].at if arrivals else None
+        return arrivals[0].at if arrivals and not self.backwards else None
 
     @property
     def time_to_first_answer(self) -> float | None:
@@ -38,7 +39,7 @@ class RequestMetrics:
     @property
     def e2e(self) -> float | None:
         """End-to-end latency, s: from sending the request to the last token. None when the answer broke off."""
-        if self.timeline.error or not self.timeline.arrivals:
+        if self.timeline.error or not self.timeline.arrivals or self.backwards:
             return None
         return self.timeline.arrivals[-1].at
 
@@ -79,9 +80,15 @@ class RequestMetrics:
 
     @property
     def bunched(self) -> bool:
-        """Whether the chunks came in so few pieces that TTFT and speed say little about the engine."""
+        """Whether the chunks came in so few pieces (the median ITL is 0) that the speed says little of the engine."""
         arrivals = self.timeline.arrivals
         return len(arrivals) >= BUNCH and len({arrival.at for arrival in arrivals}) * BUNCH <= len(arrivals)
+
+    @property
+    def backwards(self) -> bool:
+        """Whether a token came before its request or before the one before it, which cannot be."""
+        moments = [0.0, *(arrival.at for arrival in self.timeline.arrivals)]
+        return any(after < before for before, after in pairwise(moments))
 
     @property
     def decoded_tokens(self) -> int | None:
@@ -96,8 +103,13 @@ class RequestMetrics:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token, s: (last token - first token) / tokens after the first read."""
-        if self.e2e is None or self.ttft is None or self.decoded_tokens is None or self.e2e <= self.ttft:
+        """Time per output token, s: (last token - first token) / tokens after the first read.
+
+        None where the answer came in a few large pieces: their distance is the server's hold-up, not its pace.
+        """
+        if self.bunched or self.e2e is None or self.ttft is None or self.decoded_tokens is None:
+            return None
+        if self.e2e <= self.ttft:
             return None
         return (self.e2e - self.ttft) / self.decoded_tokens
 
@@ -127,6 +139,8 @@ class RequestMetrics:
     @property
     def itl_p99(self) -> float | None:
         """s: the 99th percentile of this request's inter-token latencies; a stall shows here."""
+        if self.backwards:
+            return None
         return percentile(self.inter_token_latencies, 99)
 
     @property

@@ -15,6 +15,7 @@ from experiments import EXPERIMENTS_BY_NAME
 from experiments.base import Table
 from experiments.metrics import CATALOGUE
 from experiments.result import ExperimentResult
+from experiments.trust import generator_notes, generator_warnings, implausible_notes
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -50,16 +51,11 @@ def notes(result: ExperimentResult) -> list[str]:
                 f"{engine.title}: {len(failures)} of {len(result.measured(engine.name))} requests failed: "
                 f"{failures[0].timeline.error}"
             )
-        bunched = sum(row.metrics.bunched for row in result.measured(engine.name))
-        if bunched:
-            said.append(
-                f"{engine.title}: {bunched} of {len(result.measured(engine.name))} answers arrived in a few large "
-                "pieces, because its server was held up; their first token and speed say little, their E2E is right."
-            )
     # Several variants of one engine often lack the same thing for the same reason.
     said += dict.fromkeys(f"{engine.label}: {engine.unavailable}" for engine in result.engines if engine.unavailable)
     said += dict.fromkeys(engine.caveat for engine in result.engines if engine.caveat)
-    return said + EXPERIMENTS_BY_NAME[result.experiment].notes(result)
+    said += [f"⚠ {warning}" for warning in generator_warnings(result)] + implausible_notes(result)
+    return said + EXPERIMENTS_BY_NAME[result.experiment].notes(result) + generator_notes(result)
 
 
 def text_table(result: ExperimentResult) -> str:

@@ -106,8 +106,10 @@ class _Runner:
                     reached[contender.key] = _Reached(load, client)
             if reached and self.bandwidth is None:
                 await in_thread(self._learn_limits)
+            measured = 0
             for trial in self.trials:
-                order = rotated(tuple(reached), 0 if trial.warmup else trial.repeat - 1)
+                order = rotated(tuple(reached), measured)
+                measured += not trial.warmup
                 order = tuple(key for key in order if takes_part(trial, key))
                 if self.plan.race:
                     await asyncio.gather(*(self._trial(key, reached[key], trial) for key in order))
@@ -254,7 +256,7 @@ def takes_part(trial: Trial, key: str) -> bool:
 
 
 def rotated(names: tuple[str, ...], by: int) -> tuple[str, ...]:
-    """Another engine goes first in each repeat, so that a drift of the machine hits all alike."""
+    """Another engine goes first in each measured round, so that a drift of the machine hits all alike."""
     by = by % len(names) if names else 0
     return names[by:] + names[:by]
 

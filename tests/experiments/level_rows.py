@@ -71,7 +71,7 @@ def result_of(
 
 def point(**values: Any) -> LevelPoint:
     unknown = dict.fromkeys(LevelPoint.__slots__)
-    return LevelPoint(**{**unknown, "level": 1, "extrapolated": False, **values})
+    return LevelPoint(**{**unknown, "level": 1, "extrapolated": False, "outputs": (), **values})
 
 
 def limited(result: ExperimentResult, bytes_per_second: float) -> ExperimentResult:

@@ -108,20 +108,22 @@ def test_where_it_cannot_batch_the_reason_stands_in_its_row(
 def test_levels_come_in_order_and_the_naive_queue_only_up_to_its_limit() -> None:
     plan = plan_for("vllm", "transformers", levels=(16, 1, 8), repeats=2, sequential_limit=8)
     both, batching = ("vllm", "transformers"), ("vllm",)
+    # Warmed up with as many as are measured; a queue has no batch to warm up.
     trials = EXPERIMENT.trials(plan, bare("vllm", "transformers"))
     assert told(trials) == [
-        # The fewest users, then as many as a batch of eight; a queue has no batch to warm up.
         ("1 user, warm-up 1 of 1", 1, both),
-        ("8 users, warm-up 1 of 1", 8, batching),
         ("1 user, repeat 1 of 2", 1, both),
         ("1 user, repeat 2 of 2", 1, both),
+        ("8 users, warm-up 1 of 1", 8, batching),
         ("8 users, repeat 1 of 2", 8, both),
         ("8 users, repeat 2 of 2", 8, both),
+        ("16 users, warm-up 1 of 1", 16, batching),
         ("16 users, repeat 1 of 2", 16, batching),
         ("16 users, repeat 2 of 2", 16, batching),
     ]
-    assert [trial.group for trial in trials] == ["1", "8", "1", "1", "8", "8", "16", "16"]
-    assert [trial.spacing for trial in trials] == [0, 0, *[0.1] * 6]
+    assert [trial.group for trial in trials] == ["1"] * 3 + ["8"] * 3 + ["16"] * 3
+    assert [trial.spacing for trial in trials] == [0, 0.1, 0.1] * 3  # all at once to warm up: the batch is to be full
+    assert [trial.max_tokens for trial in trials] == [16, None, None] * 3
     assert all(trial.sustained_seconds is None for trial in trials)
 
 
@@ -234,15 +236,20 @@ def test_what_bounds_the_output_and_what_it_costs_are_notes() -> None:
     assert "Cost: $3.60 per hour (by hand)." in notes
 
 
-def test_a_load_generator_that_was_late_is_mentioned() -> None:
-    rows = [answer(level=3, index=index, late=0.05 * index) for index in range(3)]
-    assert any("up to 100 ms late" in note for note in EXPERIMENT.notes(result_of(rows)))
-
-
 def test_a_load_too_short_for_a_steady_state_is_said_to_be_so() -> None:
     rows = [answer(level=2, index=index, first=3.0) for index in range(2)]
     notes = EXPERIMENT.notes(result_of(rows, load="sustained", seconds=1, levels=(2,)))
     assert any("with 2 users not all had a first token within 1 s" in note for note in notes)
+
+
+@pytest.mark.parametrize(("gaps", "same"), [((0.0101, 0.0100, 0.0102), True), ((0.0201, 0.0200, 0.0202), False)])
+def test_engines_whose_repeats_overlap_are_not_called_different(gaps: tuple[float, ...], same: bool) -> None:
+    rows = []
+    for repeat, gap in enumerate((0.0100, 0.0102, 0.0101), start=1):
+        rows += [answer("vllm", 1, repeat=repeat, gap=gap), answer("sglang", 1, repeat=repeat, gap=gaps[repeat - 1])]
+    sglang = EngineRow("sglang", "SGLang", "#D55E00")
+    words = EXPERIMENT.headline(result_of(rows, VLLM, sglang, levels=(1,), repeats=3))
+    assert ("no measurable difference" in words) is same
 
 
 def test_where_all_failed_there_are_dashes() -> None:

@@ -30,6 +30,7 @@ from experiments.limits import (
 from experiments.report import figures, headline, notes, table
 from experiments.result import ExperimentResult
 from experiments.run import run
+from experiments.trust import beyond_ceiling
 from tests.conftest import MACHINE
 from tests.experiments.test_result import OUTCOMES, result_of
 
@@ -203,16 +204,11 @@ def test_a_large_models_ceiling_and_a_quick_memory_are_told_in_plain_numbers() -
     assert "At 3,350 GB/s (data sheet of the H100) that allows one user 23.9 tok/s" in note  # 3,350 / 140
 
 
-def test_a_result_faster_than_memory_allows_is_flagged() -> None:
-    flagged = "Quick seems faster than memory allows: the bandwidth or the token count must be wrong."
-    assert flagged in limit_notes(limited(quick=[101.0], slow=[99.0]))
-    assert not any("seems faster" in note for note in limit_notes(limited(quick=[99.0], silent=[None])))
-
-
 def test_speculation_may_be_faster_than_one_token_per_step() -> None:
     result = limited(quick=[150.0])
     drafting = replace(result.engines[0], config={"speculation": {"draft_tokens": 3}})
-    assert not any("seems faster" in note for note in limit_notes(replace(result, engines=(drafting,))))
+    assert not beyond_ceiling(replace(result, engines=(drafting,)), drafting)
+    assert beyond_ceiling(result, result.engines[0])
 
 
 # The line in the chart of the decoding speed

@@ -82,6 +82,10 @@ class RunningTruth:
         """Answer by this schedule from now on, and forget what was answered before."""
         self._exchange("/schedule", json.dumps(asdict(schedule)).encode())
 
+    def prepare(self, prompts: list[str], tokens: int) -> None:
+        """Have these answers ready, so that making them does not delay others."""
+        self._exchange("/prepare", json.dumps({"prompts": prompts, "tokens": tokens}).encode())
+
     def answers(self) -> list[TrueAnswer]:
         """Of all requests since the schedule was given, in the order in which they came."""
         return [

@@ -14,16 +14,18 @@ import gc
 import heapq
 import json
 import random
+import re
 import selectors
 import socket
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from engines.clock import WallOffset, exact_timers, monotonic_clock, receive, sleep_until, stamp_arrivals
 
 MODEL = "truth"
 READ_BYTES = 1 << 16
+NAMED_PROMPT = re.compile(r" w\d{4}$")
 LOOK_SECONDS = 0.001  # at the sockets, between chunks
 
 
@@ -34,16 +36,20 @@ class Schedule:
     A chunk carries `tokens_per_chunk` tokens, one number after the other, again and again. `burst` chunks are handed
     over at once, then comes as much silence as they would have taken one by one. After `stall_after` chunks the answer
     stands still for `stall`. `gaps` "random": exponential, with `gap` as their mean, the same for the same prompt.
+    `phases` "spread": answers that were asked for together do not tick together, but apart within one gap.
+
+    The first token is " w0000", or the word of that form with which the prompt ends: so an answer tells its question.
     """
 
     first_token: float = 0.1
     gap: float = 0.01
     gaps: Literal["fixed", "random"] = "fixed"
+    phases: Literal["together", "spread"] = "together"
     tokens_per_chunk: tuple[int, ...] = (1,)
     burst: int = 1
     stall_after: int = 0
     stall: float = 0.0
-    role_first: bool = True  # a delta with a role and no text, as soon as the request is there
+    role: Literal["at once", "with the first token", "never"] = "at once"  # of a delta with a role and no text
     empty_every: int = 0  # every so many chunks another one with an empty delta
     comment_every: int = 0  # every so many chunks a comment of the event stream
     reasoning_tokens: int = 0
@@ -109,14 +115,16 @@ def _pieces(
     if schedule.status != 200:
         yield Piece(0.0, head.encode() + framed(b'{"error": {"message": "the schedule says so"}}') + end)
         return
-    role = event(None, {"role": "assistant", "content": ""}) if schedule.role_first else b""
-    yield Piece(0.0, head.encode() + (framed(role) if role else b""))
-    at = schedule.first_token
+    role = framed(event(None, {"role": "assistant", "content": ""}))
+    yield Piece(0.0, head.encode() + (role if schedule.role == "at once" else b""))
+    at = schedule.first_token + (chance.random() * schedule.gap if schedule.phases == "spread" else 0.0)
+    if schedule.role == "with the first token":
+        yield Piece(at, role)
     sent = chunks = 0
     while sent < tokens:
         count = min(schedule.tokens_per_chunk[chunks % len(schedule.tokens_per_chunk)], tokens - sent)
         name = schedule.reasoning_name if sent < schedule.reasoning_tokens else "content"
-        text = "".join(f" w{sent + place}" for place in range(count))
+        text = "".join(f" w{sent + place:04d}" for place in range(count))
         sent += count
         chunks += 1
         value: dict[str, Any] = {"choices": [{"index": 0, "delta": {name: text}, "finish_reason": None}]}
@@ -174,7 +182,8 @@ class _Link:
 
 
 class TruthServer:
-    """Serves until it is ended. `/truth` gives what was said when; `/schedule` takes a new schedule and forgets it."""
+    """Serves until it is ended. `/truth` gives what was said when; `/schedule` takes a new schedule and forgets it;
+    `/prepare` makes answers beforehand, so that making them does not delay others."""
 
     def __init__(self, port: int, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -256,11 +265,19 @@ class TruthServer:
         tokens = int(body.get("max_completion_tokens") or body.get("max_tokens") or 16)
         options = body.get("stream_options") or {}
         closing, continuous = bool(options.get("include_usage")), bool(options.get("continuous_usage_stats"))
-        seed = prompt if self.schedule.gaps == "random" else ""
-        whole = pieces(self.schedule, tokens, len(prompt.split()), seed, continuous, closing)
+        whole = self._pieces(prompt, tokens, continuous, closing)
         link.answer = _Answer(link, at, prompt, self.schedule, whole)
         self.answers.append(link.answer)
         self._schedule(link.answer)
+
+    def _pieces(self, prompt: str, tokens: int, continuous: bool, closing: bool) -> tuple[Piece, ...]:
+        seed = "" if (self.schedule.gaps, self.schedule.phases) == ("fixed", "together") else prompt
+        whole = pieces(self.schedule, tokens, len(prompt.split()), seed, continuous, closing)
+        if named := NAMED_PROMPT.search(prompt):
+            first = next(place for place, piece in enumerate(whole) if piece.tokens)
+            told = whole[first].data.replace(b" w0000", named.group().encode(), 1)
+            whole = (*whole[:first], replace(whole[first], data=told), *whole[first + 1 :])
+        return whole
 
     def _schedule(self, answer: _Answer) -> None:
         self.count += 1
@@ -319,6 +336,10 @@ class TruthServer:
                 gc.collect()
             except (TypeError, ValueError) as failure:
                 status, answer = 400, {"error": str(failure)}
+        elif path == "/prepare":
+            for prompt in body["prompts"]:
+                for continuous, closing in ((False, False), (False, True), (True, True)):
+                    self._pieces(prompt, body["tokens"], continuous, closing)
         elif path == "/truth":
             answer = {
                 "schedule": asdict(self.schedule),

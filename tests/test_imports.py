@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "engines": set(),
     "demo_model": {"engines"},
     "experiments": {"engines", "demo_model"},
+    "benchmark": {"engines", "experiments", "demo_model"},
     "ui": {"engines", "experiments"},
     "app": {"engines", "experiments", "ui", "demo_model"},
 }

@@ -74,7 +74,9 @@ def true_answer(truth: RunningTruth, place: int) -> TrueAnswer:
         pytest.param(replace(QUICK, tokens_per_chunk=(1, 3, 2)), id="changing tokens per chunk"),
         pytest.param(replace(QUICK, stall_after=3, stall=0.2), id="a stall"),
         pytest.param(replace(QUICK, first_token=0.3), id="a slow first token"),
-        pytest.param(replace(QUICK, role_first=False), id="no role"),
+        pytest.param(replace(QUICK, role="never"), id="no role"),
+        pytest.param(replace(QUICK, role="with the first token"), id="a role beside the first token"),
+        pytest.param(replace(QUICK, phases="spread"), id="spread phases"),
         pytest.param(replace(QUICK, empty_every=2), id="empty deltas"),
         pytest.param(replace(QUICK, comment_every=1), id="comments"),
         pytest.param(replace(QUICK, reasoning_tokens=4), id="reasoning as SGLang says it"),
@@ -93,7 +95,7 @@ def test_what_is_measured_is_what_was_true(truth: RunningTruth, schedule: Schedu
     assert timeline.error is None
     # "close in two": the text is whole when the second half is there, which is the one that the server stamps.
     assert moments(answer) == pytest.approx(true.moments, abs=0.02)
-    assert "".join(arrival.text for arrival in timeline.arrivals) == "".join(f" w{place}" for place in range(12))
+    assert "".join(arrival.text for arrival in timeline.arrivals) == "".join(f" w{place:04d}" for place in range(12))
     assert [arrival.tokens for arrival in timeline.arrivals] == list(true.tokens)
     assert timeline.usage.output_tokens == 12
     assert [arrival.reasoning for arrival in timeline.arrivals].count(True) == schedule.reasoning_tokens

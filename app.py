@@ -22,7 +22,8 @@ log = logging.getLogger("bakeoff")
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for talkative in ("httpx", "httpx2"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     if options.cache:
         os.environ[CACHE_VARIABLE] = str(Path(options.cache).expanduser().resolve())
     asked_to_end = threading.Event()

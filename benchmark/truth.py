@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from engines.clock import WallOffset, exact_timers, monotonic_clock, receive, sleep_until, stamp_arrivals
+from engines.clock import WallOffset, be_punctual, monotonic_clock, receive, sleep_until, stamp_arrivals
 
 MODEL = "truth"
 READ_BYTES = 1 << 16
@@ -373,7 +373,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--schedule", type=json.loads, default={})
     options = parser.parse_args()
-    exact_timers()
+    be_punctual()
     server = TruthServer(options.port, Schedule.of(options.schedule))
     print(f"truth: port {server.port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):

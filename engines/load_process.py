@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from engines.clock import WallOffset, exact_timers, monotonic_clock, receive, sleep_until, stamp_arrivals
+from engines.clock import WallOffset, be_punctual, monotonic_clock, receive, sleep_until, stamp_arrivals
 from engines.http_answer import BrokenAnswer, HTTPAnswer
 
 READ_BYTES = 1 << 16
@@ -518,7 +518,7 @@ def _quantile(ordered: list[float], share: float) -> float:
 
 
 def main() -> None:
-    exact_timers()
+    be_punctual()
     host, port, scheme, silence = sys.argv[1:]
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
         Generator(host, int(port), scheme == "https", float(silence)).serve()

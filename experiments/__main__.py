@@ -31,6 +31,7 @@ def main(
 ) -> int:
     options = _parser(engines, experiments).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
     names = tuple(dict.fromkeys(options.engine or [engine.name for engine in engines]))  # each once
     chosen = [experiment for experiment in experiments if options.experiment in (experiment.name, "all")]

@@ -190,7 +190,7 @@ class ExperimentResult:
         """Write `<folder>/<id>.json` in one step, so that a reader never sees half a file."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.id}.json"
-        partial = path.with_suffix(".part")
+        partial = path.with_suffix(f".{secrets.token_hex(4)}.part")  # its own: two visitors may save the same run
         partial.write_text(self.to_json(), encoding="utf-8")
         partial.replace(path)
         return path

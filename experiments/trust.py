@@ -10,7 +10,7 @@ from experiments.metrics import METRICS, MILLISECONDS, Distribution
 from experiments.result import EngineRow, ExperimentResult
 
 LATE_SECONDS = 0.005  # of sending, from which on waits are no longer the engine's alone
-STALL_SECONDS = 0.025  # in which what came was stamped late, where the kernel does not stamp
+STALL_SECONDS = 0.025  # in which what came was read together, or stamped late where the kernel does not stamp
 LATE_READ_SECONDS = 0.02  # from which on chunks of one answer are likely to be read, and so stamped, together
 BUSY_SHARE = 0.8  # of a core
 CEILING_TOLERANCE = 1.1  # the bandwidth behind the ceiling is itself measured
@@ -34,9 +34,12 @@ def generator_warnings(result: ExperimentResult) -> list[str]:
     share = _largest(one.processor_share for one in healths)
     if share is not None and share > BUSY_SHARE:
         said.append(f"The load generator used {share:.0%} of a core, so it may have been the limit.")
-    stall = _largest(one.longest_stall for one in healths if one.stamps == "process")
-    if stall is not None and stall > STALL_SECONDS:
-        said.append(f"The load generator stood still for {_ms(stall)} and stamped what came meanwhile too late.")
+    stalled = max(healths, key=lambda one: one.longest_stall, default=None)
+    if stalled is not None and stalled.longest_stall > STALL_SECONDS:
+        harm = "was read together, with only the last one's stamp" if stalled.stamps == "kernel" else "was stamped late"
+        said.append(
+            f"The load generator once stood still for {_ms(stalled.longest_stall)}; what came meanwhile {harm}."
+        )
     unread = _largest(one.read_delays[1] for one in healths if one.read_delays)
     if unread is not None and unread > LATE_READ_SECONDS:
         said.append(
@@ -84,7 +87,7 @@ def implausible_notes(result: ExperimentResult) -> list[str]:
         if bunched:
             said.append(
                 f"{row.title}: {bunched} of {len(measured)} answers arrived in a few large pieces, because its server "
-                "was held up. Their speed is left out; their first token and their end are right."
+                "or the load generator was held up. Their speed is left out; their end is right."
             )
         backwards = sum(one.metrics.backwards for one in measured)
         if backwards:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from engines.clock import WallOffset, exact_timers, monotonic_clock, receive, sleep_until, stamp_arrivals
+from engines.clock import WallOffset, be_punctual, monotonic_clock, receive, sleep_until, stamp_arrivals
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel stamps packets on Linux alone")
 
@@ -82,7 +82,7 @@ def test_the_wall_clock_is_read_where_the_monotonic_one_is() -> None:
 
 
 def test_a_sleep_ends_at_its_moment() -> None:
-    exact_timers()
+    be_punctual()
     late = []
     for _ in range(20):
         moment = monotonic_clock() + 0.001

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from benchmark.running import RunningTruth
+from benchmark.truth import Schedule
 from engines import client as client_module
 from engines import engine_named
 from engines.base import EngineError, Request
 from engines.client import EngineClient
-from engines.openai_stream import Endpoint
+from engines.openai_stream import ChatStreamParser, Endpoint
 from engines.server import free_port
+from engines.timeline import Timeline, record
 
 REQUEST = Request("Why?", max_tokens=3)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -112,3 +115,35 @@ def test_silence_beyond_the_limit_is_told_as_silence(monkeypatch: pytest.MonkeyP
     (error,) = received(fall_silent)
     assert isinstance(error, EngineError)
     assert error.message == "vLLM sent nothing for 0.2 s."
+
+
+def test_the_models_that_a_server_offers_are_listed(truth: RunningTruth) -> None:
+    async def listed() -> list[str]:
+        async with EngineClient(Endpoint(engine_named("vllm"), truth.base_url, "truth")) as client:
+            return await client.models()
+
+    assert asyncio.run(listed()) == ["truth"]
+
+
+def test_what_a_server_does_not_offer_is_told_with_its_words(truth: RunningTruth) -> None:
+    async def ask(what: str) -> None:
+        async with EngineClient(Endpoint(engine_named("vllm"), truth.base_url, "truth")) as client:
+            await getattr(client, what)()
+
+    with pytest.raises(EngineError, match=r"^vLLM refused /metrics with HTTP 404: "):
+        asyncio.run(ask("counters"))
+    with pytest.raises(EngineError, match=r"^vLLM refused /reset_prefix_cache with HTTP 404: "):
+        asyncio.run(ask("empty_caches"))
+
+
+def test_a_single_answer_is_stamped_by_the_same_clock(truth: RunningTruth) -> None:
+    truth.follow(Schedule(first_token=0.05, gap=0.02))
+
+    async def ask() -> Timeline:
+        async with EngineClient(Endpoint(engine_named("vllm"), truth.base_url, "truth")) as client:
+            return await record(Request("Why?", 5), client.blocks, ChatStreamParser())
+
+    timeline = asyncio.run(ask())
+    (true,) = truth.answers()
+    moments = [timeline.sent + arrival.at for arrival in timeline.arrivals]
+    assert timeline.error is None and moments == pytest.approx(true.moments, abs=0.05)

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -18,7 +19,7 @@ from engines.timeline import Timeline
 BUNCH = 8  # chunks per read from which on an answer counts as bunched
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that what takes a look at every arrival is computed once
 class RequestMetrics:
     """The metrics of one request, each a property of its timeline, and of when it was meant to be sent."""
 
@@ -78,13 +79,13 @@ class RequestMetrics:
         first = [arrival for arrival in arrivals if arrival.at == arrivals[0].at]
         return sum(1 if arrival.tokens is None else arrival.tokens for arrival in first) or 1
 
-    @property
+    @cached_property
     def bunched(self) -> bool:
         """Whether the chunks came in so few pieces (the median ITL is 0) that the speed says little of the engine."""
         arrivals = self.timeline.arrivals
         return len(arrivals) >= BUNCH and len({arrival.at for arrival in arrivals}) * BUNCH <= len(arrivals)
 
-    @property
+    @cached_property
     def backwards(self) -> bool:
         """Whether a token came before its request or before the one before it, which cannot be."""
         moments = [0.0, *(arrival.at for arrival in self.timeline.arrivals)]

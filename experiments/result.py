@@ -6,6 +6,7 @@ import json
 import secrets
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def engine_of(name: str) -> str:
     return name.partition("+")[0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that its metrics are made once
 class RequestRow:
     """One request of a run. `repeat` counts from 1 within its kind; a warm-up is never part of a statistic.
 
@@ -46,7 +47,7 @@ class RequestRow:
     index: int = 0
     planned: float | None = None
 
-    @property
+    @cached_property
     def metrics(self) -> RequestMetrics:
         return RequestMetrics(self.timeline, self.planned)
 

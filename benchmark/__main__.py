@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmark.cases import cases
 from benchmark.compare import Score
 from benchmark.measure import measure
-from benchmark.report import figure, table, verdicts
+from benchmark.report import OURS, figure, table, verdicts
 from benchmark.running import RunningTruth
 from benchmark.tools import CLIENTS, ReportError, python_of
 from engines.base import EngineError
@@ -45,6 +45,7 @@ def main() -> int:
         except EngineError as error:
             print(f"{one.words} is left out: {error}", file=sys.stderr)
     scores: list[Score] = []
+    failed = False
     with RunningTruth() as truth:
         for repeat in range(options.repeats):
             for case in all_cases:
@@ -57,7 +58,8 @@ def main() -> int:
                         scores.append(measure(client, pythons[name], case, truth))
                     except ReportError as error:
                         print(error, file=sys.stderr)
-    return tell(scores, this_machine().words, f"{datetime.now(UTC):%Y-%m-%d}", options.out)
+                        failed = True
+    return tell(scores, this_machine().words, f"{datetime.now(UTC):%Y-%m-%d}", options.out) or int(failed)
 
 
 def tell(scores: list[Score], hardware: str, date: str, out: Path) -> int:
@@ -71,7 +73,10 @@ def tell(scores: list[Score], hardware: str, date: str, out: Path) -> int:
         chart.write_html(out / "benchmark.html", include_plotlyjs=True)
         print(f"figure, table and numbers: {out}")
     missed = verdicts(scores)
-    print("\n".join(missed) if missed else "Ours is within 1 ms or 1 % of the truth in every case.")
+    if missed:
+        print("\n".join(missed))
+    elif any(score.client == OURS for score in scores):
+        print("Ours is within 1 ms or 1 % of the truth in every case that was measured.")
     return 1 if missed else 0
 
 

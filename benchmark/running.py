@@ -12,8 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmark.truth import MODEL, Schedule
 
 PROJECT = Path(__file__).parent.parent
@@ -99,10 +97,6 @@ class RunningTruth:
             )
             for one in self._exchange("/truth")["answers"]
         ]
-
-    def processor_seconds(self) -> float:
-        times = psutil.Process(self._process.pid).cpu_times()
-        return float(times.user + times.system)
 
     def _exchange(self, path: str, data: bytes | None = None) -> Any:
         try:

@@ -15,10 +15,10 @@ from benchmark.compare import Reported
 from benchmark.running import TrueAnswer
 from demo_model.bundled import default_model
 from engines import engine_named
-from engines.base import Engine, EngineConfig
+from engines.base import Device
 from engines.clock import WallOffset
 from engines.environments import Environment
-from experiments.cross_check import BENCH
+from experiments.cross_check import BENCH, as_words
 
 PROJECT = Path(__file__).parent.parent
 NAMED_ANSWER = re.compile(r"\s*(w\d{4})")
@@ -102,10 +102,6 @@ def _conversations(order: Order, lines: bool) -> Path:
     return path
 
 
-def _words(options: Mapping[str, object], *flags: str) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))] + list(flags)
-
-
 def _start_vllm(order: Order, python: str) -> tuple[list[str], str]:
     options = {
         "backend": "openai-chat",
@@ -124,7 +120,7 @@ def _start_vllm(order: Order, python: str) -> tuple[list[str], str]:
         "result-filename": "result.json",
     }
     flags = ("--ignore-eos", "--save-result", "--save-detailed", "--disable-tqdm", "--disable-shuffle")
-    return [python, "-c", BENCH, *_words(options, *flags)], ""
+    return [python, "-c", BENCH, *as_words(options, *flags)], ""
 
 
 def _read_vllm(order: Order, output: str, truths: dict[str, TrueAnswer]) -> list[Reported]:
@@ -175,7 +171,7 @@ def _start_sglang(order: Order, python: str) -> tuple[list[str], str]:
         "request-rate": "inf",
         "output-file": order.folder / "result.jsonl",
     }
-    return [python, "-c", SGLANG_BENCH, *_words(options, "--output-details", "--disable-tqdm")], ""
+    return [python, "-c", SGLANG_BENCH, *as_words(options, "--output-details", "--disable-tqdm")], ""
 
 
 def _read_sglang(order: Order, output: str, truths: dict[str, TrueAnswer]) -> list[Reported]:
@@ -209,7 +205,7 @@ def _start_guidellm(order: Order, python: str) -> tuple[list[str], str]:
         "tokenizer": f"kind=huggingface_auto,model={default_model()}",
         "output": f"kind=json,path={order.folder / 'result.json'}",
     }
-    return [python, "-m", "guidellm", "run", *_words(options, "--disable-console")], ""
+    return [python, "-m", "guidellm", "run", *as_words(options, "--disable-console")], ""
 
 
 def _read_guidellm(order: Order, output: str, truths: dict[str, TrueAnswer]) -> list[Reported]:
@@ -238,21 +234,20 @@ def _environment(engine: str) -> Callable[[], Environment]:
     return lambda: Environment(engine_named(engine), "cpu")
 
 
-def _no_command(config: EngineConfig) -> list[str]:
-    raise NotImplementedError("GuideLLM serves nothing")
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A client with an environment of its own."""
+
+    name: str
+    label: str
+    requirements: Mapping[Device, str]
+    install_gib: float
+
+    def package_for(self, device: Device) -> str:
+        return self.name
 
 
-GUIDELLM = Engine(
-    name="guidellm",
-    label="GuideLLM",
-    colour="#6B7280",
-    package="guidellm",
-    serve_command=_no_command,
-    variables=lambda config: {},
-    request_fields=lambda request: {},
-    requirements={"cpu": str(Path(__file__).parent / "guidellm.txt")},
-    install_gib=3.0,
-)
+GUIDELLM = Tool("guidellm", "GuideLLM", {"cpu": str(Path(__file__).parent / "guidellm.txt")}, 3.0)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 SGLANG_VARIABLES = {**OFFLINE, "PYTHONPATH": str(PROJECT / "engines" / "sglang_cpu")}
 

@@ -94,10 +94,8 @@ class EngineClient:
         except openai.APIStatusError as failure:
             said = failure.response.text[:ERROR_CHARACTERS]
             raise EngineError(f"{label} refused {what} with HTTP {failure.status_code}: {said}") from failure
-        except (
-            openai.APITimeoutError,
-            httpx2.ReadTimeout,
-        ) as failure:  # they are connection errors too
+        # The package's time-outs are connection errors too, so they come first.
+        except (openai.APITimeoutError, httpx2.ReadTimeout) as failure:
             if isinstance(failure.__cause__, httpx2.ConnectTimeout):
                 raise EngineError(f"{label} cannot be reached at {self.endpoint.base_url}.") from failure
             raise EngineError(f"{label} sent nothing for {SILENCE_LIMIT_SECONDS:g} s.") from failure

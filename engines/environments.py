@@ -15,14 +15,15 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
-from engines.base import Device, Engine, EngineError
+from engines.base import Device, EngineError
 from engines.process import KeptProcess
 
 REQUIREMENTS_FOLDER = Path(__file__).parent / "requirements"
@@ -56,10 +57,24 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.partition("[")[0]).lower()
 
 
+class Installable(Protocol):
+    """What an environment is made for: an engine, or another program with a pinned set of its own."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def requirements(self) -> Mapping[Device, str]: ...
+    @property
+    def install_gib(self) -> float: ...
+    def package_for(self, device: Device) -> str: ...
+
+
 class Environment:
     """The environment of one engine for one kind of hardware."""
 
-    def __init__(self, engine: Engine, device: Device, cache: Path | None = None) -> None:
+    def __init__(self, engine: Installable, device: Device, cache: Path | None = None) -> None:
         self.engine = engine
         self.device = device
         if not engine.requirements:  # the engine runs in the app's own environment

@@ -291,6 +291,8 @@ class Generator:
         self._maybe_start()
 
     def _close(self, connection: Connection) -> None:
+        if connection in self.idle:
+            self.idle.remove(connection)
         if connection in self.open:
             self.open.discard(connection)
             self.selector.unregister(connection.socket)
@@ -302,8 +304,6 @@ class Generator:
         ask = connection.ask
         status = connection.answer.status if connection.asked else None
         self._close(connection)
-        if connection in self.idle:
-            self.idle.remove(connection)
         if ask is not None:
             self._fail(ask, status, kind, reason)
         self._maybe_start()
@@ -456,8 +456,6 @@ class Generator:
         """The server has closed a connection on which nothing was asked: another one takes its place."""
         ask = connection.ask
         self._close(connection)
-        if connection in self.idle:
-            self.idle.remove(connection)
         if ask is not None:
             ask.connection = None
             self._prepare(ask)

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,8 +88,12 @@ def bench_command(serving: Serving, requests: int, tokens: int, folder: Path) ->
         "result-dir": str(folder),
         "result-filename": "result.json",
     }
-    flags = ("--ignore-eos", "--save-result", "--disable-tqdm")
-    return [word for name, value in options.items() for word in (f"--{name}", value)] + list(flags)
+    return as_words(options, "--ignore-eos", "--save-result", "--disable-tqdm")
+
+
+def as_words(options: Mapping[str, object], *flags: str) -> list[str]:
+    """Options with their values, then flags, as a command line has them."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))] + list(flags)
 
 
 def theirs(python: str, serving: Serving, requests: int, tokens: int) -> Measured:

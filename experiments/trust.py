@@ -21,10 +21,15 @@ def generator_healths(result: ExperimentResult) -> list[GeneratorHealth]:
     return [trial.generator for trial in result.trials if trial.generator and not trial.warmup]
 
 
+def _lateness(result: ExperimentResult) -> Distribution:
+    """Of sending, over the measured requests."""
+    return Distribution.of(row.metrics.lateness for row in result.requests if not row.warmup)
+
+
 def generator_warnings(result: ExperimentResult) -> list[str]:
     """Where the load generator, and not the engine, may have been the limit."""
     said = []
-    late = Distribution.of(row.metrics.lateness for row in result.requests if not row.warmup)
+    late = _lateness(result)
     if late.largest is not None and late.largest > LATE_SECONDS:
         said.append(
             f"The load generator sent requests up to {_ms(late.largest)} late (p99 {_ms(late.percentile(99))}); "
@@ -57,7 +62,7 @@ def generator_notes(result: ExperimentResult) -> list[str]:
     by_kernel = all(one.stamps == "kernel" for one in healths)
     who = "by the kernel, as they came in" if by_kernel else "by the load generator, when it read them"
     delays = _largest(one.read_delays[1] for one in healths if one.read_delays)
-    late = Distribution.of(row.metrics.lateness for row in result.requests if not row.warmup)
+    late = _lateness(result)
     told = [f"arrivals were stamped {who}"]
     if late.values:
         told.append(f"requests were sent {_ms(late.percentile(99))} late (p99)")

@@ -9,34 +9,40 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from demo_model.bundled import default_model, draft_model, model_label, model_note
 from engines import ENGINES, engine_named
 from engines.base import Engine, EngineError
 from engines.environments import CACHE_VARIABLE
 from engines.local import LocalHost
+from engines.spending import Limits
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from engines.rented import RentedHost
+
+HOSTS = ("local", "modal", "rehearsal")
+HOST_VARIABLE = "BAKEOFF_HOST"
+BUDGET_VARIABLES = ("BAKEOFF_BUDGET_RUN", "BAKEOFF_BUDGET_VISITOR", "BAKEOFF_BUDGET_DAY")
 
 log = logging.getLogger("bakeoff")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for talkative in ("httpx", "httpx2"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
+    start_logging()
     if options.cache:
         os.environ[CACHE_VARIABLE] = str(Path(options.cache).expanduser().resolve())
     asked_to_end = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: asked_to_end.set())
     try:
-        chosen = _chosen_engines(options)
-        model = str(options.model or default_model())
-    except EngineError as error:
+        host = make_host(options)
+    except (EngineError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    draft = options.draft_model or draft_model(model)
-    host = LocalHost(chosen, model, model_label(model), model_note(model), str(draft) if draft else None)
     host.open()  # first, so that engines install while the page's own libraries load
     try:
         # Here, because importing Gradio takes seconds, which the engines put to use.
@@ -75,6 +81,67 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def start_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for talkative in ("httpx", "httpx2"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+
+
+def make_host(options: argparse.Namespace) -> LocalHost | RentedHost:
+    """Where the engines run. Raises EngineError and ValueError for options that cannot be."""
+    if options.host == "local":
+        model = str(options.model or default_model())
+        draft = options.draft_model or draft_model(model)
+        return LocalHost(
+            _chosen_engines(options),
+            model,
+            model_label(model),
+            model_note(model),
+            str(draft) if draft else None,
+            tensor_parallel=options.gpus,
+            replicas=options.replicas,
+        )
+    return rented_host(
+        options.host,
+        _chosen_engines(options),
+        options.model or "",
+        Limits(options.budget_run, options.budget_visitor, options.budget_day),
+        options.rehearsal_speed,
+    )
+
+
+def rented_host(kind: str, engines: tuple[Engine, ...], model: str, limits: Limits, speed: float = 1.0) -> RentedHost:
+    """The modal package is loaded with the first container that is rented."""
+    from engines.modal_cloud import ModalCloud
+    from engines.rented import RentedHost
+    from experiments.rehearsal import RehearsalCloud
+    from experiments.wire import BUNDLED
+
+    if kind == "rehearsal":
+        return RentedHost(RehearsalCloud(speed=speed), engines, limits=limits, model=model or BUNDLED)
+    return RentedHost(ModalCloud(), engines, limits=limits, model=model)
+
+
+def hosted_on_modal() -> FastAPI:
+    """The page as modal_app.py serves it: for the public, within the budgets that it was deployed with."""
+    start_logging()
+    host = rented_host("modal", ENGINES, "", Limits(*map(_dollars, BUDGET_VARIABLES)))
+    from ui.page import mounted
+
+    return mounted(host)
+
+
+def _dollars(variable: str) -> float | None:
+    """The budget in a variable of the environment; None where it is not set. Raises ValueError."""
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{variable} must be a number of dollars, not {value!r}.") from None
+
+
 def _chosen_engines(options: argparse.Namespace) -> tuple[Engine, ...]:
     if options.scripted:
         from engines.scripted import SCRIPTED_ENGINES
@@ -89,8 +156,27 @@ def _parser() -> argparse.ArgumentParser:
         "--engine", action="append", help="an engine to offer; may be given several times; default: all"
     )
     parser.add_argument("--scripted", action="store_true", help="race three scripted stand-ins, to work on the page")
+    parser.add_argument(
+        "--host",
+        choices=HOSTS,
+        default=os.environ.get(HOST_VARIABLE, "local"),
+        help="where the engines run: on this machine, on GPUs rented from Modal, or a rehearsal of the latter that "
+        f"replays recordings, needs no account and costs nothing (also the variable {HOST_VARIABLE})",
+    )
     parser.add_argument("--model", help="a model's folder or its id on the model hub; the bundled one when left out")
     parser.add_argument("--draft-model", help="the draft model for speculation; the bundled model brings its own")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine that compute each token together")
+    parser.add_argument("--replicas", type=int, default=1, help="copies of the model, each on GPUs of its own")
+    budgets = zip(BUDGET_VARIABLES, ("one run", "one visitor per day", "all visitors per day"), strict=True)
+    for variable, whose in budgets:
+        parser.add_argument(
+            f"--budget-{variable.rpartition('_')[2].lower()}",
+            type=float,
+            default=os.environ.get(variable) or (1.0 if whose == "one run" else None),
+            metavar="DOLLARS",
+            help=f"the most that {whose} may spend on rented GPUs (also the variable {variable})",
+        )
+    parser.add_argument("--rehearsal-speed", type=float, default=1.0, help="of a rehearsal; 1: as it was recorded")
     parser.add_argument(
         "--cache", help=f"folder for environments, models and logs (also the variable {CACHE_VARIABLE})"
     )

@@ -59,12 +59,17 @@ class EngineConfig:
     continuous_batching: bool | None = None  # None: as the engine does by itself; only Transformers has a choice
     port: int = 8000
     cpu_threads: int | None = None  # for computing on the CPU; None: as many as the engine likes
+    tensor_parallel: int = 1  # GPUs that compute each token together
+    replicas: int = 1  # copies of the model behind one address, each on GPUs of its own
+    can_sleep: bool = False  # it can be told to empty the GPU's memory and to fill it again, for a snapshot
 
     def __post_init__(self) -> None:
         if not 0 < self.memory_share < 1:
             raise EngineError(f"The share of GPU memory must lie between 0 and 1, not {self.memory_share}.")
         if self.max_context < 1:
             raise EngineError(f"The longest context must be at least 1 token, not {self.max_context}.")
+        if self.tensor_parallel < 1 or self.replicas < 1:
+            raise EngineError("An engine needs at least one GPU per copy of the model, and at least one copy.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +176,8 @@ class Engine:
     caveat: Callable[[EngineConfig], str | None] = lambda config: None
     empty_caches_path: str = ""  # POST there forgets every cached prefix; empty: the engine keeps none
     read_counters: Callable[[str], SpeculationCounters | None] | None = None  # of the text at /metrics
+    sleep_path: str = ""  # POST there empties the GPU's memory; empty: it cannot
+    wake_path: str = ""  # POST there fills it again
     requirements: Mapping[Device, str] = field(default_factory=dict)  # empty: runs in the app's own environment
     install_gib: float = 0.0  # disk that the installed environment takes, for the check before installing
 

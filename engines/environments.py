@@ -71,6 +71,13 @@ class Installable(Protocol):
     def package_for(self, device: Device) -> str: ...
 
 
+def environment_name(engine: Installable, device: Device, python: str) -> str:
+    """The folder's name: another one for other pins or another Python ("3.11")."""
+    pins = (REQUIREMENTS_FOLDER / engine.requirements[device]).read_bytes()
+    digest = hashlib.sha256(pins).hexdigest()[:10]
+    return f"{engine.name}-{device}-py{python.replace('.', '')}-{digest}"
+
+
 class Environment:
     """The environment of one engine for one kind of hardware."""
 
@@ -83,10 +90,8 @@ class Environment:
         if device not in engine.requirements:
             raise EngineError(f"{engine.label} has no pinned set of packages for {device}.")
         self.requirements = REQUIREMENTS_FOLDER / engine.requirements[device]
-        digest = hashlib.sha256(self.requirements.read_bytes()).hexdigest()[:10]
         root = (cache or cache_folder()) / "environments"
-        python = f"py{sys.version_info.major}{sys.version_info.minor}"
-        self.folder = root / f"{engine.name}-{device}-{python}-{digest}"
+        self.folder = root / environment_name(engine, device, f"{sys.version_info.major}.{sys.version_info.minor}")
 
     @property
     def bin(self) -> Path:

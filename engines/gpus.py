@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 
 PRICES_OF = "2026-09"  # Modal's list prices, as transcribed then
+# Billed beside the GPU, for what a container asked for: $ per second of a physical core and of a GiB of memory.
+CORE_DOLLARS_PER_SECOND = 0.0000131
+GIBIBYTE_DOLLARS_PER_SECOND = 0.00000222
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from engines.base import Engine, EngineConfig, EngineError, EngineStopped
 from engines.clock import monotonic_clock
 from engines.environments import Environment, cache_folder
 from engines.hardware import Hardware, this_machine
-from engines.model_shape import ModelShape, read_shape
+from engines.model_shape import ModelShape, has_prediction_head, read_shape
 from engines.openai_stream import Endpoint
 from engines.server import PhaseTime, Server, free_port
 
@@ -100,6 +100,9 @@ class LocalHost:
         port: int | None = None,
         page_grace_seconds: float = PAGE_GRACE_SECONDS,
         first_page_seconds: float = FIRST_PAGE_SECONDS,
+        tensor_parallel: int = 1,
+        replicas: int = 1,
+        can_sleep: bool = False,
     ) -> None:
         self.engines = tuple(engines)
         self.model = model
@@ -109,6 +112,7 @@ class LocalHost:
         self.cache = cache or cache_folder()
         self.hardware = hardware or this_machine()
         self.resident_together = self.hardware.device == "cpu"
+        self.tensor_parallel, self.replicas, self._can_sleep = tensor_parallel, replicas, can_sleep
         self._fixed_port = port
         # Where only one engine fits, one gate for all: an engine that is stopped for another cannot be starting too.
         shared = threading.RLock()
@@ -127,6 +131,10 @@ class LocalHost:
 
     # What the page reads
 
+    @property
+    def hardware_words(self) -> str:
+        return self.hardware.words
+
     def status(self, name: str) -> Status:
         return self._slots[name].status
 
@@ -140,7 +148,14 @@ class LocalHost:
         engines compute with the same number of threads.
         """
         threads = self._cpu_threads if self.hardware.device == "cpu" else None
-        return EngineConfig(model=self.model, device=self.hardware.device, cpu_threads=threads)
+        return EngineConfig(
+            model=self.model,
+            device=self.hardware.device,
+            cpu_threads=threads,
+            tensor_parallel=self.tensor_parallel,
+            replicas=self.replicas,
+            can_sleep=self._can_sleep,
+        )
 
     @property
     def _cpu_threads(self) -> int:
@@ -150,9 +165,21 @@ class LocalHost:
         """None before the model is on this machine's disk."""
         return read_shape(self.model)
 
+    def has_prediction_head(self) -> bool:
+        return has_prediction_head(self.model)
+
     def memory_bandwidth(self, shape: ModelShape) -> Bandwidth | None:
-        """As seen by as many threads as the engines compute with, reading as much as one decode step does."""
-        return memory_bandwidth(self.hardware, round(shape.step_bytes(1, 0)), self._cpu_threads)
+        """As seen by as many threads as the engines compute with, reading as much as one decode step does.
+
+        GPUs that compute a token together read at the same time. None with several copies of the model: how its users
+        are spread over them is the engine's business.
+        """
+        if self.replicas > 1:
+            return None
+        one = memory_bandwidth(self.hardware, round(shape.step_bytes(1, 0)), self._cpu_threads)
+        if one is None or self.tensor_parallel == 1 or not self.hardware.gpu:
+            return one
+        return Bandwidth(self.tensor_parallel * one.bytes_per_second, f"{self.tensor_parallel} x {one.source}")
 
     # Bringing engines up and down
 
@@ -358,7 +385,7 @@ class LocalHost:
 
     def _phase(self, slot: _Slot, phase: str) -> None:
         if phase != "ready":  # the light says that
-            self._show(slot, phase=phase)
+            self._show(slot, phase=phase, phases=tuple(slot.server.phases) if slot.server else ())
 
     def _died(self, slot: _Slot, error: EngineError) -> None:
         slot.server = None

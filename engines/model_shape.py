@@ -15,6 +15,8 @@ UNUSED = re.compile(
 )
 EXPERTS = re.compile(r"\.experts\.")
 EMBEDDING = re.compile(r"(^|\.)embed_tokens\.")
+# How the configurations of models with a multi-token-prediction head call it.
+HEAD_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 EXPERTS_USED = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 CACHE_VALUE_BYTES = 2  # keys and values in 16 bits, as all three engines keep them unless told otherwise
@@ -40,6 +42,16 @@ class ModelShape:
         """
         touched = 1 - (1 - self.experts_used / self.expert_count) ** requests if self.expert_count else 0.0
         return self.weight_bytes + touched * self.expert_bytes + requests * context * self.cache_bytes
+
+
+def has_prediction_head(model: str) -> bool:
+    """Whether the model can guess its own next tokens; False also where its files are not here."""
+    folder = model_folder(model)
+    if folder is None or not (config := folder / "config.json").is_file():
+        return False
+    values = json.loads(config.read_text(encoding="utf-8"))
+    parts = (values, values.get("text_config") or {})
+    return any(bool(part.get(field)) for part in parts for field in HEAD_FIELDS)
 
 
 def read_shape(model: str) -> ModelShape | None:

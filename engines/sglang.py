@@ -34,6 +34,11 @@ def serve_command(config: EngineConfig) -> list[str]:
         command += ["--sleep-on-idle"]
     else:
         command += ["--mem-fraction-static", str(config.memory_share)]
+        command += ["--enable-memory-saver", "--enable-weights-cpu-backup"] if config.can_sleep else []
+    if config.tensor_parallel > 1:
+        command += ["--tp-size", str(config.tensor_parallel)]
+    if config.replicas > 1:
+        command += ["--dp-size", str(config.replicas)]
     if config.speculation:
         command += _speculation_flags(config.speculation)
     return command
@@ -105,4 +110,6 @@ ENGINE = Engine(
     requirements={"cpu": "sglang-cpu.txt", "cuda": "sglang-cuda.txt"},
     install_gib=3.2,
     empty_caches_path="/flush_cache",
+    sleep_path="/release_memory_occupation",
+    wake_path="/resume_memory_occupation",
 )

@@ -16,7 +16,9 @@ def serve_command(config: EngineConfig) -> list[str]:
         raise EngineError("`transformers serve` has no speculative decoding: it stays in as the plain baseline.")
     if config.prefix_caching:
         raise EngineError("`transformers serve` keeps no prefix cache between requests: it stays in as the baseline.")
-    device = "cpu" if config.device == "cpu" else "cuda:0"
+    if config.replicas > 1:
+        raise EngineError("`transformers serve` runs one copy of the model only: set the copies to 1.")
+    device = "cpu" if config.device == "cpu" else "cuda:0" if config.tensor_parallel == 1 else "auto"
     command = ["transformers", "serve", config.model, "--host", "127.0.0.1", "--port", str(config.port)]
     command += ["--device", device, "--dtype", config.dtype, "--log-level", "info"]
     if config.continuous_batching:
@@ -30,6 +32,12 @@ def variables(config: EngineConfig) -> dict[str, str]:
     if config.device == "cpu" and config.cpu_threads:
         return {"OMP_NUM_THREADS": str(config.cpu_threads)}
     return {}
+
+
+def caveat(config: EngineConfig) -> str | None:
+    if config.tensor_parallel == 1:
+        return None
+    return "HF Transformers spreads the model's layers over the GPUs, of which one computes at a time."
 
 
 def request_fields(request: Request) -> dict[str, Any]:
@@ -52,6 +60,7 @@ ENGINE = Engine(
         (r"Instantiating|Generate config", "loading weights"),
         (r"Application startup complete|Uvicorn running on", "warming up"),
     ),
+    caveat=caveat,
     requirements={"cpu": "transformers-cpu.txt", "cuda": "transformers-cuda.txt"},
     install_gib=1.3,
 )

@@ -18,6 +18,11 @@ def serve_command(config: EngineConfig) -> list[str]:
     else:
         command = ["vllm", "serve", config.model]
         command += ["--gpu-memory-utilization", str(config.memory_share)]
+        command += ["--enable-sleep-mode"] if config.can_sleep else []
+    if config.tensor_parallel > 1:
+        command += ["--tensor-parallel-size", str(config.tensor_parallel)]
+    if config.replicas > 1:
+        command += ["--data-parallel-size", str(config.replicas)]
     command += ["--host", "127.0.0.1", "--port", str(config.port)]
     command += ["--dtype", config.dtype, "--max-model-len", str(config.max_context)]
     command += ["--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching"]
@@ -80,5 +85,7 @@ ENGINE = Engine(
     requirements={"cpu": "vllm-cpu.txt", "cuda": "vllm-cuda.txt"},
     install_gib=2.6,
     empty_caches_path="/reset_prefix_cache",
+    sleep_path="/sleep?level=1",
+    wake_path="/wake_up",
     read_counters=read_counters,
 )

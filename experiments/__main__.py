@@ -7,19 +7,29 @@ import asyncio
 import logging
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from demo_model.bundled import default_model, draft_model, model_label, model_note
 from engines import ENGINES
 from engines.base import Engine, EngineError
+from engines.cloud import GPU_CHOICES
 from engines.local import LocalHost
+from engines.modal_cloud import ModalCloud
+from engines.rented import RentedHost
+from engines.spending import Limits
 from experiments import EXPERIMENTS
-from experiments.base import Event, Experiment, Plan, PlanError, RequestEnded, RunEnded, Setting, TrialStarted
+from experiments.background import AnyHost, measure
+from experiments.base import Event, Experiment, Host, Plan, PlanError, RequestEnded, RunEnded, Setting, TrialStarted
 from experiments.metrics import METRICS
+from experiments.rehearsal import RehearsalCloud
+from experiments.rented import Rent, RentedMachine, read_rent
 from experiments.report import text_table
 from experiments.result import ExperimentResult
 from experiments.resume import measured_already, measured_something
-from experiments.run import run
+from experiments.wire import BUNDLED
+
+RENT_FIELDS = tuple(field.name for field in fields(Rent))
 
 log = logging.getLogger("bakeoff")
 
@@ -36,26 +46,19 @@ def main(
     names = tuple(dict.fromkeys(options.engine or [engine.name for engine in engines]))  # each once
     chosen = [experiment for experiment in experiments if options.experiment in (experiment.name, "all")]
     try:
-        plans = [(experiment, experiment.read_plan(names, vars(options))) for experiment in chosen]
-        model = str(options.model or default_model())
+        host = _host(options, tuple(engine for engine in engines if engine.name in names))
+        plans = [(one, one.read_plan(names, vars(options)), _machine(one, host, options)) for one in chosen]
     except (PlanError, EngineError) as error:
         print(error, file=sys.stderr)
         return 2
-    host = LocalHost(
-        [engine for engine in engines if engine.name in names],
-        model,
-        model_label(model),
-        model_note(model),
-        str(draft) if (draft := options.draft_model or draft_model(model)) else None,
-    )
     out, codes = Path(options.out), [0]
     try:
-        measured = {} if options.again else measured_already(plans, host, out)
-        for experiment, plan in plans:
+        for experiment, plan, machine in plans:
+            measured = {} if options.again else measured_already([(experiment, plan)], machine, out)
             if path := measured.get(experiment.name):
                 log.info("%s: measured already, in %s; --again measures anew", experiment.title, path)
             else:
-                codes.append(_measure(experiment, plan, host, out))
+                codes.append(_measure(experiment, plan, machine, out))
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
@@ -64,7 +67,34 @@ def main(
     return max(codes)
 
 
-def _measure(experiment: Experiment, plan: Plan, host: LocalHost, out: Path) -> int:
+def _host(options: argparse.Namespace, engines: tuple[Engine, ...]) -> AnyHost:
+    """Where the engines run. Raises EngineError."""
+    if options.host != "local":
+        cloud = RehearsalCloud() if options.host == "rehearsal" else ModalCloud()
+        model = options.model or (BUNDLED if options.host == "rehearsal" else "")
+        return RentedHost(cloud, engines, limits=Limits(), model=model)
+    model = str(options.model or default_model())
+    draft = options.draft_model or draft_model(model)
+    return LocalHost(
+        engines,
+        model,
+        model_label(model),
+        model_note(model),
+        str(draft) if draft else None,
+        tensor_parallel=options.gpu_count or 1,
+        replicas=options.replicas or 1,
+    )
+
+
+def _machine(experiment: Experiment, host: AnyHost, options: argparse.Namespace) -> Host:
+    """What this experiment runs on. Raises PlanError for what cannot be rented."""
+    if not isinstance(host, RentedHost):
+        return host
+    typed = {name: value for name, value in vars(options).items() if value is not None and name in RENT_FIELDS}
+    return RentedMachine(host, read_rent(experiment.name, host, typed), "the command line")
+
+
+def _measure(experiment: Experiment, plan: Plan, host: Host, out: Path) -> int:
     """0 when something was measured, 1 when nothing was, 2 for a plan that this host cannot run."""
     ended: list[ExperimentResult] = []
 
@@ -74,7 +104,7 @@ def _measure(experiment: Experiment, plan: Plan, host: LocalHost, out: Path) -> 
             ended.append(event.result)
 
     try:
-        asyncio.run(run(experiment, plan, host, emit))
+        asyncio.run(measure(experiment, plan, host, emit))
     except PlanError as error:
         print(error, file=sys.stderr)
         return 2
@@ -120,10 +150,22 @@ def _common_options(parser: argparse.ArgumentParser, engines: tuple[Engine, ...]
         choices=[engine.name for engine in engines],
         help="an engine to measure; may be given several times; all of them when left out",
     )
-    parser.add_argument("--host", choices=["local"], default="local", help="where the engines run")
+    parser.add_argument(
+        "--host",
+        choices=["local", "modal", "rehearsal"],
+        default="local",
+        help="where the engines run: here, on GPUs rented from Modal, or a rehearsal of that with recordings",
+    )
     parser.add_argument("--model", help="a model's folder or its id on the hub; the bundled one when left out")
     parser.add_argument("--draft-model", help="a draft model's folder or id; the bundled one's own when left out")
     parser.add_argument("--out", default="results", help="folder for the result's JSON")
+    gpus = [choice.exactly for choice in GPU_CHOICES]
+    parser.add_argument("--gpu", choices=gpus, help="rented: the GPU of each engine; as the experiment suggests")
+    parser.add_argument("--gpus", dest="gpu_count", type=int, help="GPUs that compute each token together; 1")
+    parser.add_argument("--replicas", type=int, help="copies of the model, each on GPUs of its own; 1")
+    parser.add_argument("--keep", dest="keep_seconds", type=int, help="rented: seconds to keep idle containers; 0")
+    parser.add_argument("--budget", type=float, help="rented: the most that an experiment may cost, in $; 1")
+    parser.add_argument("--snapshot", action="store_true", help="rented: start engines from a picture of their memory")
 
 
 def _add_setting(parser: argparse.ArgumentParser, setting: Setting) -> None:

@@ -12,8 +12,9 @@ from engines.base import Engine, EngineConfig, EngineError
 from engines.hardware import Hardware
 from engines.local import Serving
 from engines.model_shape import ModelShape
+from engines.spending import Spent
 from engines.timeline import Arrival
-from experiments.result import EngineRow, ExperimentResult, RequestRow
+from experiments.result import EngineRow, ExperimentResult, RequestRow, TrialRow
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -51,6 +52,7 @@ class Host(Protocol):
     def settle(self, name: str) -> bool: ...
     def busy(self, name: str) -> AbstractContextManager[None]: ...
     def in_use(self) -> AbstractContextManager[None]: ...
+    def has_prediction_head(self) -> bool: ...
     def model_shape(self) -> ModelShape | None: ...
     def memory_bandwidth(self, shape: ModelShape) -> Bandwidth | None: ...
 
@@ -109,11 +111,12 @@ def check_number(field: str, label: str, value: object, low: float, high: float)
 class Setting:
     """One field of a plan (`name`) as people set it: on the page and, as `--flag`, on the command line.
 
-    `kind`: a text, a whole number, a number, a switch, one of several `choices`, or whole numbers with commas.
+    `kind`: a text, one line of it, a whole number, a number, a switch, one of several `choices`, or whole numbers with
+    commas between them.
     """
 
     name: str
-    kind: Literal["text", "whole", "number", "switch", "choice", "wholes"]
+    kind: Literal["text", "line", "whole", "number", "switch", "choice", "wholes"]
     label: str
     info: str
     default: Any
@@ -133,9 +136,19 @@ class Setting:
             return _wholes(self.name, self.label, value)
         if self.kind == "choice":
             return self.choices.get(value, value)
+        if self.kind in ("whole", "number") and isinstance(value, str):
+            return _typed_number(self.name, self.label, value)
         if self.kind == "whole" and isinstance(value, float) and value.is_integer():
             return int(value)
-        return value or "" if self.kind == "text" else value
+        return value or "" if self.kind in ("text", "line") else value
+
+
+def _typed_number(name: str, label: str, value: str) -> float | None:
+    """None for an empty field. Raises PlanError."""
+    try:
+        return float(value.strip().lstrip("$").replace(",", "")) if value.strip() else None
+    except ValueError:
+        raise PlanError(name, f"{label} must be a number, not {value!r}.") from None
 
 
 def _wholes(name: str, label: str, value: Any) -> tuple[int, ...]:
@@ -282,11 +295,34 @@ class RequestEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class TrialEnded:
+    row: TrialRow
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What a run on rented machines has cost so far, and may cost at most (None: as much as it takes)."""
+
+    spent: Spent
+    limit: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunEnded:
     result: ExperimentResult
 
 
-Event = EngineReady | EngineFailed | TrialStarted | RequestStarted | TokensArrived | RequestEnded | RunEnded
+Event = (
+    EngineReady
+    | EngineFailed
+    | TrialStarted
+    | RequestStarted
+    | TokensArrived
+    | RequestEnded
+    | TrialEnded
+    | Spending
+    | RunEnded
+)
 Emit = Callable[[Event], None]
 
 

@@ -26,7 +26,7 @@ from experiments.base import (
     Trial,
     plain_contenders,
 )
-from experiments.drawing import bar_charts
+from experiments.drawing import START_CHART, bar_charts
 from experiments.limits import COST_HEADING, dollars, dollars_per_million, limit_notes, of_ceiling
 from experiments.metrics import METRICS, Distribution, ratio
 from experiments.result import EngineRow, ExperimentResult
@@ -124,6 +124,9 @@ EXPERIMENT = Experiment(
     trials=trials,
     headline=headline,
     table=table,
-    charts=(Chart("speed", "Speed and first token", lambda result: bar_charts(result, ("decode_speed", "ttft"))),),
+    charts=(
+        Chart("speed", "Speed and first token", lambda result: bar_charts(result, ("decode_speed", "ttft"))),
+        START_CHART,
+    ),
     notes=notes,
 )

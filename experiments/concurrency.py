@@ -32,6 +32,7 @@ from experiments.base import (
     checked,
     plain_contenders,
 )
+from experiments.drawing import START_CHART
 from experiments.level_charts import flight_chart, in_flight_chart, throughput_chart, ttft_chart
 from experiments.levels import (
     E2E,
@@ -327,6 +328,7 @@ EXPERIMENT = Experiment(
         Chart("ttft", "Wait for the first token", ttft_chart),
         Chart("flight", "Every request", flight_chart),
         Chart("in_flight", "Requests in flight", in_flight_chart),
+        START_CHART,
     ),
     notes=notes,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.base import Chart
 from experiments.limits import CEILING_WORDS, decode_ceiling, three_digits
 from experiments.metrics import METRICS, Distribution, Metric
 from experiments.result import EngineRow, ExperimentResult
@@ -18,6 +19,7 @@ PLOT_PIXELS, LINE_PIXELS = 300, 16
 HIGHEST_CEILING = 3.0  # times what is drawn; a higher ceiling is told in words
 INK, GRID, CLEAR = "#7a8290", "rgba(128,136,150,0.25)", "rgba(0,0,0,0)"
 CANNOT_BE = "<br>⚠ cannot be: above<br>what memory allows"
+PHASE_COLOURS = ("#9ca3af", "#6b7280", "#56b4e9", "#0072b2", "#009e73", "#b8860b", "#d55e00", "#aa4499", "#882255")
 FONT = "Inter, 'Segoe UI', system-ui, -apple-system, 'DejaVu Sans', sans-serif"
 
 
@@ -99,6 +101,48 @@ def add_ceiling(
         font={"size": 12, "color": INK},
     )
     chart.update_yaxes(range=[0, height], row=1, col=column)
+
+
+def start_chart(result: ExperimentResult) -> plotly.graph_objects.Figure | None:
+    """What starting each engine took, phase by phase; None where nothing had to be started."""
+    import plotly.graph_objects as go
+
+    rows = [row for row in result.engines if row.start_phases]
+    if not rows:
+        return None
+    chart = go.Figure()
+    names = list(dict.fromkeys(phase for row in rows for phase in row.start_phases))
+    for place, name in enumerate(names):
+        having = [row for row in rows if name in row.start_phases]
+        seconds = [row.start_phases[name] for row in having]
+        chart.add_bar(
+            x=seconds,
+            y=[bar_label(row) for row in having],
+            base=[_before(row, name) for row in having],  # in the order of each row, not of the traces
+            orientation="h",
+            name=name,
+            marker_color=PHASE_COLOURS[place % len(PHASE_COLOURS)],
+            text=[f"{value:.0f} s" if value >= 1 else "" for value in seconds],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            hovertemplate=f"{name}<br>%{{x:.1f}} s<extra></extra>",
+        )
+    chart.update_layout(
+        barmode="overlay", bargap=0.3, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    )
+    chart.update_xaxes(title="seconds until the engine answered (shorter is better)")
+    chart.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=[bar_label(row) for row in rows])
+    return styled(chart, result, "", pixels=60 + 46 * len(rows), axis=52)
+
+
+def _before(row: EngineRow, phase: str) -> float:
+    """Seconds of the phases that came before this one."""
+    names = list(row.start_phases)
+    return sum(row.start_phases[name] for name in names[: names.index(phase)])
+
+
+START_CHART = Chart("start", "Start of the engines", start_chart)
 
 
 def bar_label(row: EngineRow) -> str:

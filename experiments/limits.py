@@ -7,7 +7,7 @@ import math
 from engines.gpus import PRICES_OF, Price, gpu_named
 from engines.hardware import Hardware
 from experiments.base import Plan
-from experiments.metrics import Distribution
+from experiments.metrics import MILLISECONDS, Distribution
 from experiments.result import ExperimentResult
 
 CEILING_WORDS = "memory ceiling"
@@ -72,6 +72,26 @@ def dollars(value: float | None) -> str:
 def three_digits(value: float) -> str:
     """Three digits that count, and every digit before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def spending_notes(result: ExperimentResult) -> list[str]:
+    """What a run on rented machines has cost, and what lay between them and the page."""
+    if result.spent is None:
+        return []
+    spent = result.spent
+    cost = "at a price that is not known" if spent.dollars is None else f"about {dollars(spent.dollars)}"
+    said = [
+        f"Rented: {spent.gpu_seconds:,.0f} GPU-seconds, {cost} ({spent.source}), starts and the end included. "
+        "Modal's own bill counts."
+    ]
+    delays = [row.network_seconds * MILLISECONDS for row in result.engines if row.network_seconds is not None]
+    if delays:
+        low, high = f"{min(delays):.0f}", f"{max(delays):.0f}"
+        said.append(
+            f"The network between this page and the containers: {low if low == high else f'{low} to {high}'} ms there "
+            "and back. It delays what you see and is part of no number: those were taken in the containers."
+        )
+    return said
 
 
 def limit_notes(result: ExperimentResult) -> list[str]:

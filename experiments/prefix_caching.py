@@ -35,7 +35,7 @@ from experiments.base import (
     checked,
     plain_contenders,
 )
-from experiments.drawing import GRID, INK, PLOT_PIXELS, colour_of, styled
+from experiments.drawing import GRID, INK, PLOT_PIXELS, START_CHART, colour_of, styled
 from experiments.metrics import METRICS, Distribution, Ratio, ratio
 from experiments.result import EngineRow, ExperimentResult
 from experiments.telling import Cell, listed, runs, share, times
@@ -493,6 +493,7 @@ EXPERIMENT = Experiment(
     charts=(
         Chart("ttft", "Time to first token", ttft_chart),
         Chart("cached", "Cached tokens", cached_chart),
+        START_CHART,
     ),
     notes=notes,
 )

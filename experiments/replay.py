@@ -124,7 +124,7 @@ class ReplayedRun:
     def stop(self) -> None:
         self.finished.set()
 
-    async def new_events(self, interval: float) -> AsyncIterator[list[object]]:
+    async def new_events(self, interval: float) -> AsyncIterator[list[Event]]:
         """What has happened since the last time, at most once per `interval` seconds."""
         left = schedule(self.recorded)
         began = monotonic_clock()

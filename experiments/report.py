@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import EXPERIMENTS_BY_NAME
 from experiments.base import Table
+from experiments.limits import spending_notes
 from experiments.metrics import CATALOGUE
 from experiments.result import ExperimentResult
 from experiments.trust import generator_notes, generator_warnings, implausible_notes
@@ -55,7 +56,8 @@ def notes(result: ExperimentResult) -> list[str]:
     said += dict.fromkeys(f"{engine.label}: {engine.unavailable}" for engine in result.engines if engine.unavailable)
     said += dict.fromkeys(engine.caveat for engine in result.engines if engine.caveat)
     said += [f"⚠ {warning}" for warning in generator_warnings(result)] + implausible_notes(result)
-    return said + EXPERIMENTS_BY_NAME[result.experiment].notes(result) + generator_notes(result)
+    said += EXPERIMENTS_BY_NAME[result.experiment].notes(result)
+    return said + spending_notes(result) + generator_notes(result)
 
 
 def text_table(result: ExperimentResult) -> str:

@@ -15,11 +15,13 @@ from engines.base import SpeculationCounters
 from engines.gpus import Price
 from engines.load import GeneratorHealth
 from engines.model_shape import ModelShape
+from engines.spending import Spent
 from engines.timeline import Timeline
 from experiments.metrics import Distribution, Metric, RequestMetrics
 
-# 1 had engines without variants, and no trials; 2 said nothing of the load generator. Both are still read.
-SCHEMA = 3
+# 1 had engines without variants, and no trials; 2 said nothing of the load generator; 3 nothing of rented machines.
+# All are still read.
+SCHEMA = 4
 
 
 class ResultError(Exception):
@@ -90,6 +92,8 @@ class EngineRow:
     caveat: str | None = None
     error: str | None = None
     log_tail: str = ""
+    hardware: str = ""  # in words, of the machine that it had to itself; empty: the result's own
+    network_seconds: float | None = None  # there and back between the page and a rented machine; part of no number
 
     @property
     def engine(self) -> str:
@@ -122,6 +126,7 @@ class ExperimentResult:
     model_shape: ModelShape | None = None
     bandwidth: Bandwidth | None = None
     price: Price | None = None
+    spent: Spent | None = None  # on rented machines
     schema: int = SCHEMA
 
     def measured(self, engine: str, group: str | None = None) -> list[RequestRow]:

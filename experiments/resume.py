@@ -11,6 +11,7 @@ from pathlib import Path
 from demo_model.bundled import model_label
 from experiments.base import Experiment, Host, Plan, PlanError
 from experiments.library import read
+from experiments.rented import RentedMachine
 from experiments.result import EngineRow, ExperimentResult, ResultError
 
 log = logging.getLogger("bakeoff")
@@ -39,8 +40,12 @@ def measured_something(result: ExperimentResult) -> bool:
 
 def _same_question(result: ExperimentResult, experiment: Experiment, plan: Plan, host: Host) -> bool:
     settings = json.loads(json.dumps(asdict(plan)))  # as a file holds them: tuples become lists
-    asked = (experiment.name, settings, host.model_label, host.hardware.words)
-    answered = (result.experiment, result.settings, result.model, result.hardware.get("words"))
+    where, there = host.hardware.words, result.hardware.get("words")
+    if isinstance(host, RentedMachine):  # which machine it got, only the result knows: what was asked for counts
+        settings["rent"] = asdict(host.rent)
+        where, there = host.name, result.host
+    asked = (experiment.name, settings, host.model_label, where)
+    answered = (result.experiment, result.settings, result.model, there)
     return asked == answered and all(_same_draft(row, host) for row in result.engines)
 
 

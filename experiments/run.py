@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import platform
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -31,6 +31,7 @@ from experiments.base import (
     RunEnded,
     TokensArrived,
     Trial,
+    TrialEnded,
     TrialStarted,
 )
 from experiments.limits import price_of
@@ -41,13 +42,16 @@ RACE_LABEL = "Race: the engines ran at the same time and slowed each other down;
 SHARED_CORES_LABEL = "Measured on a CPU: engine, load generator and page share its cores."
 
 
-async def run(experiment: Experiment, plan: Plan, host: Host, emit: Emit) -> ExperimentResult:
+async def run(
+    experiment: Experiment, plan: Plan, host: Host, emit: Emit, among: tuple[Contender, ...] = (), only: str = ""
+) -> ExperimentResult:
     """Run `plan` and return its result, also emitted last.
 
+    `among`: all contenders, where they have been made out already; `only` the one with this key is run here.
     An engine that cannot be started becomes a row with its error, and so does a failed request; the run goes on.
     When the task is cancelled, what was measured so far is emitted as a result that was stopped early.
     """
-    runner = _Runner(experiment, plan, host, emit)
+    runner = _Runner(experiment, plan, host, emit, among, only)
     with host.in_use():
         try:
             await runner.run()
@@ -69,12 +73,22 @@ class _Reached:
 
 
 class _Runner:
-    def __init__(self, experiment: Experiment, plan: Plan, host: Host, emit: Emit) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        plan: Plan,
+        host: Host,
+        emit: Emit,
+        among: tuple[Contender, ...] = (),
+        only: str = "",
+    ) -> None:
         self.experiment, self.plan, self.host, self.emit = experiment, plan, host, emit
-        self.contenders = experiment.contenders(plan, host)
-        able = tuple(contender for contender in self.contenders if not contender.unavailable)
+        contenders = among or experiment.contenders(plan, host)
+        able = tuple(contender for contender in contenders if not contender.unavailable)
         self.trials = experiment.trials(plan, able)
-        self.total = sum(takes_part(trial, contender.key) for trial in self.trials for contender in able)
+        self.contenders = tuple(one for one in contenders if only in ("", one.key))
+        running = [one for one in able if only in ("", one.key)]
+        self.total = sum(takes_part(trial, contender.key) for trial in self.trials for contender in running)
         self.done = 0
         self.started = datetime.now(UTC)
         self.origin = monotonic_clock()
@@ -88,7 +102,7 @@ class _Runner:
 
     async def run(self) -> None:
         for contender in self.contenders:
-            self.rows[contender.key] = _row(contender)
+            self.rows[contender.key] = row_of(contender)
             if contender.unavailable:
                 self.emit(EngineFailed(self.rows[contender.key]))
         for block in blocks(self.contenders, self.host.resident_together):
@@ -155,10 +169,10 @@ class _Runner:
             rows, health = await self._requests(key, reached.load, trial)
         ended = monotonic_clock() - self.origin
         counted = _counted(before, await self._counters(reached.client) if speculates else None, rows)
-        self.trial_rows.append(
-            TrialRow(key, trial.group, trial.repeat, trial.warmup, began, ended, counted, emptied, health)
-        )
+        row = TrialRow(key, trial.group, trial.repeat, trial.warmup, began, ended, counted, emptied, health)
+        self.trial_rows.append(row)
         self.done += 1
+        self.emit(TrialEnded(row))
 
     async def _requests(self, key: str, load: LoadGenerator, trial: Trial) -> tuple[list[RequestRow], GeneratorHealth]:
         plan = self.plan
@@ -261,7 +275,7 @@ def rotated(names: tuple[str, ...], by: int) -> tuple[str, ...]:
     return names[by:] + names[:by]
 
 
-def _row(contender: Contender) -> EngineRow:
+def row_of(contender: Contender) -> EngineRow:
     engine = contender.engine
     return EngineRow(
         contender.key,
@@ -314,61 +328,3 @@ async def in_thread(function: Callable[[], T]) -> T:
 
     threading.Thread(target=work, daemon=True).start()
     return await future
-
-
-class BackgroundRun:
-    """A run on a thread and an event loop of its own, so that the page cannot slow what is measured.
-
-    `events` grows while it runs; readers keep their own place in it. `finished` is set after the last event.
-    `failure` holds an unexpected error, to be shown and not swallowed.
-    """
-
-    def __init__(self, experiment: Experiment, plan: Plan, host: Host) -> None:
-        self.events: list[object] = []
-        self.finished = threading.Event()
-        self.failure: BaseException | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[ExperimentResult] | None = None
-        self._stop_asked = threading.Event()
-        self._arguments = (experiment, plan, host, self.events.append)
-        threading.Thread(target=self._work, name="run", daemon=True).start()
-
-    def stop(self) -> None:
-        """Ends the run; what was measured so far is kept."""
-        self._stop_asked.set()
-        if self._loop and self._task:
-            with contextlib.suppress(RuntimeError):  # it has just ended by itself
-                self._loop.call_soon_threadsafe(self._task.cancel)
-
-    @property
-    def result(self) -> ExperimentResult | None:
-        last = self.events[-1] if self.events else None
-        return last.result if isinstance(last, RunEnded) else None
-
-    def _work(self) -> None:
-        async def main() -> None:
-            self._loop, self._task = asyncio.get_running_loop(), asyncio.ensure_future(run(*self._arguments))
-            if self._stop_asked.is_set():
-                self._loop.call_soon(self._task.cancel)  # once it has begun: before, it could not end with a result
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-
-        try:
-            asyncio.run(main())
-        except BaseException as failure:
-            self.failure = failure
-        finally:
-            self.finished.set()
-
-    async def new_events(self, interval: float) -> AsyncIterator[list[object]]:
-        """What has happened since the last time, at most once per `interval` seconds, until the run has ended."""
-        seen = 0
-        while True:
-            done = self.finished.is_set()  # read first, so that no event can slip in between
-            batch = self.events[seen:]
-            seen += len(batch)
-            if batch:
-                yield batch
-            if done:
-                return
-            await asyncio.sleep(interval)

@@ -10,12 +10,10 @@ A surprise would be: a gain without accepted drafts, an acceptance length above 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from engines.base import Speculation
-from engines.model_shape import model_folder
 from experiments.base import (
     ANSWER_LENGTH,
     DEFAULT_PROMPT,
@@ -34,7 +32,7 @@ from experiments.base import (
     checked,
     plain_contenders,
 )
-from experiments.drawing import INK, bar_charts, bar_label, colour_of, styled
+from experiments.drawing import INK, START_CHART, bar_charts, bar_label, colour_of, styled
 from experiments.limits import limit_notes
 from experiments.metrics import METRICS, Ratio, ratio
 from experiments.result import EngineRow, ExperimentResult
@@ -52,8 +50,6 @@ PROMPTS = (
     "Why is decoding limited by memory bandwidth?",
 )
 METHODS = {"mtp": "prediction head", "draft_model": "draft model", "ngram": "n-gram look-up"}
-# How the configurations of models with a multi-token-prediction head call it.
-HEAD_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +67,8 @@ class SpeculationPlan(Plan):
 
 def best_method(host: Host) -> Literal["mtp", "draft_model", "ngram"]:
     """The model's own head where it has one, else its draft model, else the look-up, which needs nothing."""
-    folder = model_folder(host.model)
-    if folder and (config := folder / "config.json").is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        parts = (values, values.get("text_config") or {})
-        if any(part.get(field) for part in parts for field in HEAD_FIELDS):
-            return "mtp"
+    if host.has_prediction_head():
+        return "mtp"
     return "draft_model" if host.draft_model else "ngram"
 
 
@@ -301,6 +293,7 @@ EXPERIMENT = Experiment(
         Chart("speed", "Speed without and with", speed_chart),
         Chart("acceptance", "Accepted drafts", acceptance_chart),
         Chart("sweep", "Number of draft tokens", sweep_chart),
+        START_CHART,
     ),
     notes=limit_notes,
 )

@@ -19,13 +19,14 @@ MAY_IMPORT = {
     "benchmark": {"engines", "experiments", "demo_model"},
     "ui": {"engines", "experiments"},
     "app": {"engines", "experiments", "ui", "demo_model"},
+    "modal_app": {"engines", "experiments", "app"},
 }
 HEAVY = {"torch", "vllm", "sglang", "transformers", "modal"}
 
 
 def source_files() -> list[Path]:
     folders = [path for part in MAY_IMPORT for path in sorted((PROJECT / part).rglob("*.py"))]
-    return [*folders, PROJECT / "app.py"]
+    return [*folders, PROJECT / "app.py", PROJECT / "modal_app.py"]
 
 
 @cache

@@ -78,6 +78,9 @@ def head_html(engine: Engine, status: Status) -> str:
     state = f"<span class='words'>{escape(words)}</span>"
     if moving:
         state += f" · <span class='elapsed' data-elapsed='{status.elapsed():.1f}'>{status.elapsed():.0f} s</span>"
+        if status.light == "starting" and status.phases:
+            steps = " · ".join(f"{phase.name} {phase.seconds:.0f} s" for phase in status.phases)
+            state += f"<div class='steps-done'>{escape(steps)}</div>"
     elif status.start_seconds is not None and status.light in ("ready", "busy"):
         steps = "\n".join(f"{phase.name}: {phase.seconds:.1f} s" for phase in status.phases)
         state += f" · <span title='{escape(steps, quote=True)}'>started in {status.start_seconds:.0f} s</span>"

@@ -14,20 +14,22 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from engines.base import Engine
-from engines.local import LocalHost, Status
+from engines.local import Status
 from experiments import EXPERIMENTS
+from experiments.background import AnyHost
 from experiments.library import RECORDINGS, Library
 from ui.lanes import head_html
 from ui.results import open_runs, results_tab
 from ui.session import Sessions
 from ui.tab import experiment_tab, wire_opening
+from ui.theme import css, head, theme
 
 TITLE = "LLM Inference Bake-Off"
 LOOK_SECONDS = 1.0
 RESULTS = "results"
 
 
-def build_app(host: LocalHost, recordings: Path = RECORDINGS) -> gr.Blocks:
+def build_app(host: AnyHost, recordings: Path = RECORDINGS) -> gr.Blocks:
     """The page over `host`, which runs the engines. Launching it is the caller's business."""
     sessions = Sessions(host.cache / "results", recordings)
     page = gr.Blocks(title=TITLE, analytics_enabled=False)
@@ -81,6 +83,26 @@ def build_app(host: LocalHost, recordings: Path = RECORDINGS) -> gr.Blocks:
     return page
 
 
+def mounted(host: AnyHost, recordings: Path = RECORDINGS) -> FastAPI:
+    """The page as an application that somebody else's server runs."""
+    host.open()
+    folder = host.cache / "results"
+    page = build_app(host, recordings).queue(default_concurrency_limit=None)
+    served: FastAPI = gr.mount_gradio_app(
+        FastAPI(),
+        page,
+        path="/",
+        allowed_paths=[str(folder)],
+        ssr_mode=False,
+        footer_links=[],
+        theme=theme(),
+        css=css(),
+        head=head(),
+    )
+    add_assets(served, folder, recordings)
+    return served
+
+
 def add_assets(app: FastAPI, results: Path, recordings: Path = RECORDINGS) -> None:
     """Serve the plotting library from our own server, for exporting charts in the browser, and all runs as a zip."""
     library = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
@@ -97,8 +119,8 @@ def add_assets(app: FastAPI, results: Path, recordings: Path = RECORDINGS) -> No
     app.router.routes[:0] = ours  # before Gradio's own catch-all
 
 
-def masthead_html(host: LocalHost) -> str:
-    facts = (("Engines run on", host.label), ("Model", host.model_label), ("Hardware", host.hardware.words))
+def masthead_html(host: AnyHost) -> str:
+    facts = (("Engines run on", host.label), ("Model", host.model_label), ("Hardware", host.hardware_words))
     chips = "".join(f"<span><b>{escape(name)}</b>{escape(value)}</span>" for name, value in facts)
     notice = f"<div class='notice'>{escape(host.model_note)}</div>" if host.model_note else ""
     return (
@@ -108,5 +130,5 @@ def masthead_html(host: LocalHost) -> str:
     )
 
 
-def _engine(host: LocalHost, name: str) -> Engine:
+def _engine(host: AnyHost, name: str) -> Engine:
     return next(engine for engine in host.engines if engine.name == name)

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from experiments.background import BackgroundRun
 from experiments.library import RECORDINGS, Library
 from experiments.replay import ReplayedRun
-from experiments.run import BackgroundRun
 
 
 class Turn:

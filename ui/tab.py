@@ -14,12 +14,15 @@ from typing import Any
 
 import gradio as gr
 
-from engines.local import LocalHost
-from experiments.base import Experiment, Host, Plan, PlanError, Setting, TrialStarted
+from engines.rented import RentedHost
+from engines.spending import Spent
+from experiments.background import AnyHost, BackgroundRun
+from experiments.base import RACE, Experiment, Host, Plan, PlanError, Setting, Spending, TrialStarted
+from experiments.limits import dollars
+from experiments.rented import RentedMachine, read_rent, rent_settings
 from experiments.replay import ReplayedRun, schedule
 from experiments.report import SPREAD, csv_bytes, drawn_csv, figures, figures_html, headline, notes, table
 from experiments.result import ExperimentResult, ResultError, engine_of
-from experiments.run import BackgroundRun
 from experiments.sameness import Sameness, same_answers
 from ui.lanes import Lane, LaneView, build_lane
 from ui.session import Sessions
@@ -79,13 +82,21 @@ class Tab:
         return [self.run, self.stop, self.replay, self.progress, *lanes, *self.result.outputs]
 
 
-def experiment_tab(experiment: Experiment, host: LocalHost, sessions: Sessions) -> Tab:
+def settings_of(experiment: Experiment, host: AnyHost) -> tuple[Setting, ...]:
+    """What a visitor can set: the experiment's own settings that mean something here, and what to rent."""
+    if not isinstance(host, RentedHost):
+        return experiment.settings
+    own = tuple(setting for setting in experiment.settings if setting is not RACE)  # every engine has its own machine
+    return own + rent_settings(experiment.name, host)
+
+
+def experiment_tab(experiment: Experiment, host: AnyHost, sessions: Sessions) -> Tab:
     """Build the tab and wire it. `host` runs the engines and knows their statuses."""
     name = experiment.name
     gr.HTML(
         f"<p class='mechanism'><b>{escape(experiment.question)}</b> {escape(experiment.mechanism)}</p>", padding=False
     )
-    first, *others = experiment.settings  # the first is the question
+    first, *others = settings_of(experiment, host)  # the first is the question
     with gr.Row(equal_height=True):
         with gr.Column(scale=5):
             controls = {first.name: build_control(first, name)}
@@ -112,7 +123,8 @@ def experiment_tab(experiment: Experiment, host: LocalHost, sessions: Sessions) 
     handler = partial(run_in_tab, experiment, host, sessions, tab)
 
     async def on_run(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
-        async for frame in handler(*values, session=request.session_hash or ""):
+        who = request.session_hash or ""
+        async for frame in handler(*values, session=who, visitor=visitor_of(request)):
             yield frame
 
     def on_stop(request: gr.Request) -> Any:
@@ -165,10 +177,14 @@ def build_control(setting: Setting, tab: str) -> Any:
         case "choice":
             words = next(words for words, value in setting.choices.items() if value == setting.default)
             return gr.Radio(list(setting.choices), value=words, **common)
+        case "whole" | "number" if setting.default is None:  # a number's field cannot be empty in a browser
+            return gr.Textbox("", max_lines=1, placeholder="as suggested", **common)
         case "whole" | "number" if (setting.high - setting.low) / setting.step <= LONGEST_SLIDER:
             return gr.Slider(setting.low, setting.high, setting.default, step=setting.step, **common)
         case "whole" | "number":
             return gr.Number(setting.default, precision=0 if setting.kind == "whole" else None, **common)
+        case "line":
+            return gr.Textbox(setting.default, max_lines=1, **common)
         case "wholes":
             typed = setting.default if isinstance(setting.default, str) else ", ".join(map(str, setting.default))
             return gr.Textbox(typed, max_lines=1, **common)
@@ -207,19 +223,39 @@ def build_result(experiment: Experiment, place: str) -> ResultView:
     return ResultView(sentence, pictures, results, run_id, html, json, csv)
 
 
-def read_plan(experiment: Experiment, engines: list[str], values: tuple[Any, ...]) -> Plan:
-    """The controls' values, in the order of the settings, as a plan; raises PlanError."""
-    typed = {setting.name: value for setting, value in zip(experiment.settings, values, strict=True)}
-    return experiment.read_plan(tuple(engines), typed)
+def read_plan(
+    experiment: Experiment, host: AnyHost, engines: list[str], values: tuple[Any, ...], visitor: str = ""
+) -> tuple[Plan, Host]:
+    """The controls' values, in the order of the settings, as a plan and the host to run it on; raises PlanError."""
+    settings = settings_of(experiment, host)
+    typed = {setting.name: value for setting, value in zip(settings, values, strict=True)}
+    plan = experiment.read_plan(tuple(engines), typed)
+    if isinstance(host, RentedHost):
+        return plan, RentedMachine(host, read_rent(experiment.name, host, typed), visitor)
+    return plan, host
+
+
+def visitor_of(request: gr.Request) -> str:
+    """Who somebody is as long as they keep their address; behind a proxy, the one that it was told."""
+    forwarded = (request.headers or {}).get("x-forwarded-for", "")
+    address = request.client.host if request.client else ""
+    return str(forwarded.partition(",")[0].strip() or address)
 
 
 async def run_in_tab(
-    experiment: Experiment, host: Host, sessions: Sessions, tab: Tab, engines: list[str], *values: Any, session: str
+    experiment: Experiment,
+    host: AnyHost,
+    sessions: Sessions,
+    tab: Tab,
+    engines: list[str],
+    *values: Any,
+    session: str,
+    visitor: str = "",
 ) -> AsyncIterator[dict[Any, Any]]:
     """Run what the controls say, and yield what the tab has to show, at most one frame per interval."""
     try:
-        plan = read_plan(experiment, engines, values)
-        experiment.contenders(plan, host)  # what this model or host cannot do is said before anybody waits
+        plan, machine = read_plan(experiment, host, engines, values, visitor)
+        experiment.contenders(plan, machine)  # what this model or host cannot do is said before anybody waits
     except PlanError as error:
         yield {tab.progress: problem_html(error.message)}
         return
@@ -228,14 +264,15 @@ async def run_in_tab(
         while not await turn.came(FRAME_SECONDS * 5):
             yield {
                 **busy,
-                tab.progress: progress_html("Another run is using this machine; yours is next in line.", None),
+                tab.progress: progress_html("Another run is under way; yours is next in line.", None),
             }
         if turn.given_up:
             yield _idle(tab) | {tab.progress: ""}
             return
-        background = BackgroundRun(experiment, plan, host)
+        background = BackgroundRun(experiment, plan, machine)
         turn.runs(background)
-        async for frame in _shown(tab, background, plan.prompt, "All engines at once" if plan.race else ""):
+        together = plan.race or isinstance(machine, RentedMachine)
+        async for frame in _shown(tab, background, plan.prompt, "All engines at once" if together else ""):
             yield frame
         yield await asyncio.to_thread(_finished, tab, background, sessions)  # files and figures take a moment
 
@@ -290,7 +327,7 @@ def opening_frame(experiment: Experiment, sessions: Sessions, tab: Tab) -> dict[
             view.take(event)
     for view in views.values():
         view.close()
-    words = f"Recorded, not live: {result.source_line}. Press Run to measure on this machine."
+    words = f"Recorded, not live: {result.source_line}. Press Run to measure anew."
     return _changed_lanes(tab, views, "") | {
         tab.progress: progress_html(words, None),
         tab.recorded: gr.update(choices=_choices(sessions, experiment.name), value=result.id),
@@ -301,10 +338,11 @@ def opening_frame(experiment: Experiment, sessions: Sessions, tab: Tab) -> dict[
 async def _shown(tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label: str) -> AsyncIterator[dict[Any, Any]]:
     """What happens in the lanes, frame by frame, until the run is over. `label` stands for the engine's name."""
     views = {name: LaneView(name) for name in tab.lanes}
-    waiting = "Waiting until the engines are ready" if isinstance(run, BackgroundRun) else label
+    words, share = "Waiting until the engines are ready" if isinstance(run, BackgroundRun) else label, 0.0
+    cost = ""
     yield {
         **_busy(tab),
-        tab.progress: progress_html(waiting, 0.0),
+        tab.progress: progress_html(words, share),
         **{lane.chat: [] for lane in tab.lanes.values()},
         **{lane.tiles: views[name].tiles_html() for name, lane in tab.lanes.items()},
     }
@@ -316,7 +354,11 @@ async def _shown(tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label:
                     view.take(event)
                 if isinstance(event, TrialStarted):
                     words = f"{label or _title(event, views, tab)}: {event.trial.words}"
-                    frame[tab.progress] = progress_html(words, event.done / event.of)
+                    share = event.done / event.of
+                elif isinstance(event, Spending):
+                    cost = spending_words(event)
+                if isinstance(event, TrialStarted | Spending):
+                    frame[tab.progress] = progress_html(words, share, cost)
             frame |= _changed_lanes(tab, views, prompt)
             if frame:  # Gradio takes no empty one
                 yield frame
@@ -367,7 +409,8 @@ def _finished(tab: Tab, background: BackgroundRun, sessions: Sessions) -> dict[A
         words = "Stopped before anything was measured." if result.stopped_early else "Nothing could be measured."
         return frame | {tab.progress: problem_html(words)}
     result.save(sessions.results)
-    return frame | {tab.progress: ""} | show_result(tab.result, result, sessions)
+    cost = progress_html(f"This run: {spent_words(result.spent)}", None) if result.spent else ""
+    return frame | {tab.progress: cost} | show_result(tab.result, result, sessions)
 
 
 def show_result(view: ResultView, result: ExperimentResult, sessions: Sessions) -> dict[Any, Any]:
@@ -430,9 +473,20 @@ def same_answers_html(compared: list[Sameness]) -> str:
     )
 
 
-def progress_html(words: str, share: float | None) -> str:
+def spending_words(told: Spending) -> str:
+    """What a run has cost so far."""
+    return f"So far {spent_words(told.spent)}" + ("" if told.limit is None else f" of {dollars(told.limit)}")
+
+
+def spent_words(spent: Spent) -> str:
+    cost = "at a price that is not known" if spent.dollars is None else dollars(spent.dollars)
+    return f"{spent.gpu_seconds:,.0f} GPU-seconds, {cost}"
+
+
+def progress_html(words: str, share: float | None, cost: str = "") -> str:
     bar = f"<div class='bar'><i style='width:{share:.0%}'></i></div>" if share is not None else ""
-    return f"<div role='status'>{escape(words)}</div>{bar}"
+    told = f"<div class='cost'>{escape(cost)}</div>" if cost else ""
+    return f"<div role='status'>{escape(words)}</div>{bar}{told}"
 
 
 def problem_html(words: str) -> str:

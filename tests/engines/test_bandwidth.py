@@ -10,6 +10,7 @@ import pytest
 from engines import bandwidth
 from engines.bandwidth import Bandwidth, measured_bandwidth, memory_bandwidth
 from engines.base import Engine
+from engines.hardware import Hardware
 from engines.local import LocalHost
 from engines.model_shape import ModelShape
 from tests.conftest import MACHINE
@@ -59,3 +60,23 @@ def test_a_host_reads_what_one_step_does_in_as_many_threads_as_its_engines(
     assert found.source == "measured: 1 thread reading 3 MB again and again"
     with_gpu = make_host(scripted(), hardware=replace(MACHINE, gpu="NVIDIA L4", gpu_count=1))
     assert with_gpu.memory_bandwidth(shape) == Bandwidth(300e9, "data sheet of the L4")
+
+
+SHAPE = ModelShape(MEGABYTES, 100)
+L4 = replace(MACHINE, gpu="NVIDIA L4", gpu_count=2)
+
+
+def test_gpus_that_compute_a_token_together_read_at_the_same_time(
+    scripted: Callable[..., Engine], make_host: Callable[..., LocalHost]
+) -> None:
+    host = make_host(scripted(), hardware=L4, tensor_parallel=2)
+    assert host.memory_bandwidth(SHAPE) == Bandwidth(2 * 300e9, "2 x data sheet of the L4")
+    unknown = make_host(scripted(), hardware=replace(L4, gpu="Test GPU"), tensor_parallel=2)
+    assert unknown.memory_bandwidth(SHAPE) is None
+
+
+@pytest.mark.parametrize("hardware", [L4, MACHINE])
+def test_of_several_copies_no_bandwidth_is_known(
+    scripted: Callable[..., Engine], make_host: Callable[..., LocalHost], hardware: Hardware
+) -> None:
+    assert make_host(scripted(), hardware=hardware, replicas=2).memory_bandwidth(SHAPE) is None

@@ -23,9 +23,9 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from engines import environments
-from engines.base import Engine, EngineError
-from engines.environments import CACHE_VARIABLE, MARKER, Environment, cache_folder
+from engines import ENGINES, environments
+from engines.base import Device, Engine, EngineError
+from engines.environments import CACHE_VARIABLE, MARKER, Environment, cache_folder, environment_name
 from engines.server import free_port
 from tests.conftest import mounted_disk
 
@@ -136,6 +136,21 @@ def test_other_pins_are_another_folder(pinning: MakeEngine, tmp_path: Path) -> N
     assert folder == tmp_path / "environments" / f"small-cpu-{python}-{digest}"
     assert Environment(pinning("torch==2.2"), "cpu", tmp_path).folder != folder
     assert Environment(pinning("torch==2.1"), "cpu", tmp_path).folder == folder
+
+
+def test_the_name_of_another_pythons_folder_can_be_told_from_here(pinning: MakeEngine, tmp_path: Path) -> None:
+    engine = pinning("torch==2.1")
+    digest = hashlib.sha256(b"torch==2.1").hexdigest()[:10]
+    assert environment_name(engine, "cpu", "3.9") == f"small-cpu-py39-{digest}"
+    ours = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert environment_name(engine, "cpu", ours) == Environment(engine, "cpu", tmp_path).folder.name
+    assert environment_name(pinning("torch==2.2"), "cpu", "3.9") != f"small-cpu-py39-{digest}"
+
+
+def test_every_engine_has_a_folder_of_its_own_for_each_device() -> None:
+    devices: tuple[Device, ...] = ("cpu", "cuda")
+    names = {environment_name(engine, device, "3.11") for engine in ENGINES for device in devices}
+    assert len(names) == len(ENGINES) * len(devices)
 
 
 def test_an_engine_without_pins_runs_in_the_apps_own_environment(scripted: Callable[..., Engine]) -> None:

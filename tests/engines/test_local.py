@@ -116,6 +116,15 @@ def test_one_core_is_left_free_of_an_engines_threads(scripted: MakeEngine, make_
     assert make_host(scripted(), hardware=ONE_GPU).config("quick").cpu_threads is None
 
 
+def test_what_a_host_is_told_of_gpus_copies_and_sleep_reaches_its_engines(
+    scripted: MakeEngine, make_host: MakeHost
+) -> None:
+    plain = make_host(scripted(), hardware=ONE_GPU).config("quick")
+    assert (plain.tensor_parallel, plain.replicas, plain.can_sleep) == (1, 1, False)
+    host = make_host(scripted(), hardware=ONE_GPU, tensor_parallel=2, replicas=3, can_sleep=True)
+    assert host.config("quick") == replace(plain, tensor_parallel=2, replicas=3, can_sleep=True)
+
+
 def test_it_is_busy_while_a_request_is_with_it(scripted: MakeEngine, make_host: MakeHost) -> None:
     host = make_host(scripted())
     with host.busy("quick"):

@@ -13,7 +13,7 @@ import pytest
 from demo_model.bundled import default_model
 from engines.base import Engine
 from engines.local import LocalHost
-from engines.model_shape import INDEX_FILE, ModelShape, read_shape
+from engines.model_shape import INDEX_FILE, ModelShape, has_prediction_head, read_shape
 
 CONFIG = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
 CACHE = 2 * 4 * 2 * 16 * 2  # keys and values, layers, heads, size of a head, bytes of a number
@@ -231,7 +231,44 @@ def test_without_a_cache_folder_of_its_own_it_lies_in_the_hubs_home(
     assert read_shape("owner/name") == ModelShape(1300, CACHE)
 
 
+# The prediction head
+
+
+HEADS = ["num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers"]
+
+
+@pytest.mark.parametrize("field", HEADS)
+def test_a_head_goes_by_several_names(tmp_path: Path, field: str) -> None:
+    assert has_prediction_head(write_model(tmp_path / "with", DENSE, CONFIG | {field: 1}))
+    assert has_prediction_head(write_model(tmp_path / "inside", DENSE, CONFIG | {"text_config": {field: 2}}))
+    assert not has_prediction_head(write_model(tmp_path / "without", DENSE, CONFIG | {field: 0}))
+
+
+@pytest.mark.parametrize("config", [{}, {"text_config": None}, {"text_config": {}}, {"num_mtp_layers": None}])
+def test_a_config_that_names_no_head_has_none(tmp_path: Path, config: dict[str, Any]) -> None:
+    assert has_prediction_head(write_model(tmp_path, DENSE, CONFIG | config)) is False
+
+
+def test_a_model_that_is_not_here_has_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert has_prediction_head("owner/name") is False
+    assert has_prediction_head(str(tmp_path)) is False
+    write_model(tmp_path / "hub" / "models--owner--name" / "snapshots" / "aaaa", DENSE, CONFIG | {HEADS[0]: 1})
+    assert has_prediction_head("owner/name") is True
+
+
+@pytest.mark.xfail(strict=True, reason="the failure of reading it ends the run; read_shape gives None")
+@pytest.mark.parametrize("config", ["", "[]", "\ud800", json.dumps(CONFIG | {"text_config": "inside"})])
+def test_of_a_broken_config_no_head_is_known(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_bytes(config.encode("utf-8", "surrogatepass"))
+    assert has_prediction_head(str(tmp_path)) is False
+
+
 # The bundled model
+
+
+def test_the_bundled_model_has_no_head(scripted: Callable[..., Engine], make_host: Callable[..., LocalHost]) -> None:
+    assert make_host(scripted()).has_prediction_head() is has_prediction_head(str(default_model())) is False
 
 
 def test_of_the_bundled_model_every_tensor_is_read_in_every_step() -> None:

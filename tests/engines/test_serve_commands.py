@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,65 @@ def test_continuous_batching_of_transformers_leaves_memory_to_the_others_on_a_cp
     assert "--continuous-batching" in batching
     assert flag not in command(replace(GPU, continuous_batching=True))
     assert not {flag, "--continuous-batching"} & set(command(CPU))
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "flags"),
+    [
+        ("vllm", {"tensor_parallel": 2}, "--tensor-parallel-size 2"),
+        ("vllm", {"replicas": 4}, "--data-parallel-size 4"),
+        ("vllm", {"tensor_parallel": 2, "replicas": 4}, "--tensor-parallel-size 2 --data-parallel-size 4"),
+        ("vllm", {"can_sleep": True}, "--enable-sleep-mode"),
+        ("sglang", {"tensor_parallel": 2}, "--tp-size 2"),
+        ("sglang", {"replicas": 4}, "--dp-size 4"),
+        ("sglang", {"tensor_parallel": 2, "replicas": 4}, "--tp-size 2 --dp-size 4"),
+        ("sglang", {"can_sleep": True}, "--enable-memory-saver --enable-weights-cpu-backup"),
+    ],
+)
+def test_several_gpus_copies_and_sleep_only_add_their_flags(engine: str, changes: dict[str, Any], flags: str) -> None:
+    row = engine_named(engine)
+    plain, more = row.serve_command(GPU), row.serve_command(replace(GPU, **changes))
+    added = shlex.split(flags)
+    place = more.index(added[0])
+    assert more[place : place + len(added)] == added
+    assert more[:place] + more[place + len(added) :] == plain
+
+
+def test_one_gpu_and_one_copy_that_never_sleeps_need_no_flags() -> None:
+    assert (GPU.tensor_parallel, GPU.replicas, GPU.can_sleep) == (1, 1, False)
+    for engine in ENGINES:
+        for config in (CPU, GPU):
+            words = " ".join(engine.serve_command(config))
+            assert not re.search(r"parallel|--tp-size|--dp-size|sleep-mode|memory-saver|backup", words)
+
+
+def test_an_engine_that_can_sleep_says_where_it_is_told_to() -> None:
+    for engine in ENGINES:
+        can = engine.serve_command(replace(GPU, can_sleep=True)) != engine.serve_command(GPU)
+        assert (bool(engine.sleep_path), bool(engine.wake_path)) == (can, can)
+
+
+def test_a_processor_has_nothing_to_empty_for_a_snapshot() -> None:
+    for engine in ENGINES:
+        assert engine.serve_command(replace(CPU, can_sleep=True)) == engine.serve_command(CPU)
+
+
+def test_transformers_spreads_a_model_over_several_gpus_and_says_what_that_means() -> None:
+    transformers, several = engine_named("transformers"), replace(GPU, tensor_parallel=2)
+    plain = f"{TRANSFORMERS} --device auto --dtype bfloat16 --log-level info"
+    assert transformers.serve_command(several) == shlex.split(plain)
+    assert "of which one computes at a time" in (transformers.caveat(several) or "")
+
+
+def test_transformers_runs_one_copy_only() -> None:
+    with pytest.raises(EngineError, match=r"one copy of the model only: set the copies to 1\.$"):
+        engine_named("transformers").serve_command(replace(GPU, replicas=2))
+
+
+@pytest.mark.parametrize("changes", [{"tensor_parallel": 0}, {"replicas": 0}, {"tensor_parallel": -1}])
+def test_an_engine_has_at_least_one_gpu_and_one_copy(changes: dict[str, int]) -> None:
+    with pytest.raises(EngineError, match="at least one GPU per copy of the model, and at least one copy"):
+        replace(GPU, **changes)
 
 
 def test_an_unknown_engine_is_answered_with_those_that_are_known() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.base import REPEAT_LIMIT, TOKEN_LIMIT, Plan, PlanError
+from experiments.base import PRICE, REPEAT_LIMIT, REPEATS, TOKEN_LIMIT, Plan, PlanError, Setting
 
 GOOD = {"prompt": "Why is the sky blue?", "engines": ("quick",)}
 
@@ -45,3 +45,67 @@ def test_by_default_engines_take_turns_and_answer_greedily_until_the_model_ends(
     assert not plan.race
     assert not plan.fixed_length
     assert (plan.temperature, plan.seed) == (0.0, 42)
+
+
+# What was typed
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("2.5", 2.5),
+        ("$2.5", 2.5),
+        (" $ 2.50 ", 2.5),
+        ("1,234.5", 1234.5),
+        ("0", 0.0),
+        ("", None),
+        ("  ", None),
+        (None, None),
+        (2.5, 2.5),
+        (3, 3),
+    ],
+)
+def test_a_number_may_be_typed_as_text_and_left_empty(typed: object, value: float | None) -> None:
+    assert PRICE.read(typed) == value
+
+
+@pytest.mark.parametrize("typed", ["much", "$", "2.5 per hour", "€2", "1.2.3"])
+def test_a_number_that_is_none_is_refused_where_it_was_typed(typed: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        PRICE.read(typed)
+    assert caught.value.field == "dollars_per_hour"
+    assert caught.value.message == f"Price of this hardware, $ per hour must be a number, not {typed!r}."
+
+
+@pytest.mark.parametrize("typed", ["nan", "inf", "-1", "1e400"])
+def test_a_number_that_is_none_of_this_world_is_refused_by_the_plan(typed: str) -> None:
+    with pytest.raises(PlanError, match="Price per hour must be a number from 0 to 10000"):
+        Plan(**GOOD, dollars_per_hour=PRICE.read(typed))  # type: ignore[arg-type]
+
+
+@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="a decimal comma makes it ten times as much")
+@pytest.mark.parametrize("typed", ["2,5", "0,50", "1,2345", "12,34.5"])
+def test_a_comma_that_parts_no_thousands_is_refused(typed: str) -> None:
+    with pytest.raises(PlanError):
+        PRICE.read(typed)
+
+
+@pytest.mark.parametrize("typed", [3, 3.0])
+def test_a_whole_number_is_read_as_one(typed: object) -> None:
+    assert Plan(**GOOD, repeats=REPEATS.read(typed)).repeats == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.xfail(strict=True, reason="read as 3.0, which no plan takes for whole")
+def test_a_whole_number_may_be_typed_as_text() -> None:
+    assert Plan(**GOOD, repeats=REPEATS.read("3")).repeats == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("typed", [2.5, "2.5"])
+def test_half_a_repeat_is_refused(typed: object) -> None:
+    with pytest.raises(PlanError, match="Repeats must be a whole number from 1 to 20, not 2.5"):
+        Plan(**GOOD, repeats=REPEATS.read(typed))  # type: ignore[arg-type]
+
+
+def test_a_line_that_was_left_empty_is_no_text() -> None:
+    line = Setting("model", "line", "Model", "", "owner/model")
+    assert (line.read(None), line.read(""), line.read("owner/other")) == ("", "", "owner/other")

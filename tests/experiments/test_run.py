@@ -14,6 +14,7 @@ from engines.base import Engine, EngineConfig
 from engines.hardware import Hardware
 from engines.local import LocalHost
 from engines.scripted import Script, scripted_engine
+from experiments.background import BackgroundRun
 from experiments.base import (
     Contender,
     EngineFailed,
@@ -27,7 +28,7 @@ from experiments.base import (
 from experiments.baseline import EXPERIMENT
 from experiments.metrics import METRICS
 from experiments.result import ExperimentResult
-from experiments.run import RACE_LABEL, SHARED_CORES_LABEL, BackgroundRun, blocks, rotated, run
+from experiments.run import RACE_LABEL, SHARED_CORES_LABEL, blocks, rotated, run
 from tests.conftest import MACHINE, wait_until
 
 ONE_GPU = Hardware(cpu="Test CPU", cores=2, memory_gib=8.0, gpu="Test GPU", gpu_memory_gib=24.0, gpu_count=1)

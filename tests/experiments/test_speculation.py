@@ -14,6 +14,7 @@ import pytest
 
 from engines.base import Engine, SpeculationCounters
 from engines.local import LocalHost
+from engines.model_shape import has_prediction_head
 from experiments.base import EngineFailed, PlanError, TrialStarted
 from experiments.metrics import METRICS
 from experiments.report import figures, notes, table
@@ -129,7 +130,8 @@ def test_the_method_is_what_the_model_offers(
     tmp_path: Path, config: dict[str, Any], draft: str | None, method: str
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    host: Any = SimpleNamespace(model=str(tmp_path), draft_model=draft)
+    head = has_prediction_head(str(tmp_path))
+    host: Any = SimpleNamespace(has_prediction_head=lambda: head, draft_model=draft)
     assert best_method(host) == method
 
 

@@ -12,8 +12,8 @@ BAKEOFF_BUDGET_DAY (in $; what the public page may spend).
 # No `from __future__ import annotations`: modal reads the parameters' types from the class itself.
 import json
 import os
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +138,15 @@ def define(engine: Engine, snapshot: bool) -> type:
             return self.inside.hello()  # type: ignore[no-any-return]
 
         @modal.method()
-        async def measure(self, order: str) -> AsyncGenerator[str, None]:
-            """Yields its own id first, so that the page can cancel it, then lists of events as JSON."""
-            async with aclosing(stamped(modal.current_function_call_id() or "", self.inside.measure(order))) as items:
-                async for item in items:
-                    yield item
+        def measure(self, order: str) -> Generator[str, None, None]:
+            """Yields its own id first, so that the page can cancel it, then lists of events as JSON.
+
+            No coroutine, because `.local()` of modal 1.6.4 cannot run one that yields. A cancelled call raises here.
+            """
+            with closing(self.inside.measure(order)) as items:
+                yield from stamped(modal.current_function_call_id() or "", items)
             if json.loads(order)["leave"] and not modal.is_local():
-                await modal.experimental.stop_fetching_inputs.aio()  # the container ends with this call
+                modal.experimental.stop_fetching_inputs()  # the container ends with this call
 
         @modal.exit()
         def end(self) -> None:

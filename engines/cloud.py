@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from engines.gpus import CORE_DOLLARS_PER_SECOND, GIBIBYTE_DOLLARS_PER_SECOND, GPUS, PRICES_OF
@@ -126,18 +126,18 @@ class Cloud(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GpuChoice:
-    """A GPU that can be asked for. `exactly`: the name that gives this kind and no other."""
+    """A GPU that can be asked for. `exactly`: the name that gives this kind and no other; `most`: in one container."""
 
     name: str
     exactly: str
-    words: str = field(default="")
+    most: int = 8
 
 
 # `H100` alone may be answered with an H200 and `A100` with the larger one: a benchmark asks for the exact name.
 GPU_CHOICES = (
     GpuChoice("T4", "T4"),
     GpuChoice("L4", "L4"),
-    GpuChoice("A10", "A10"),
+    GpuChoice("A10", "A10", most=4),
     GpuChoice("L40S", "L40S"),
     GpuChoice("A100-40GB", "A100-40GB"),
     GpuChoice("A100-80GB", "A100-80GB"),

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+import socket
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from engines.base import EngineError
@@ -40,6 +42,8 @@ IDLE_SECONDS = 20  # between two calls of one run; a container that is not kept 
 DEPLOY = "`modal deploy modal_app.py`"
 WORDS_OF_PREEMPTION = "Modal took the container away for somebody else (preemption)."
 
+log = logging.getLogger("bakeoff")
+
 
 def class_name(engine: str, snapshot: bool = False) -> str:
     """The name under which `modal_app.py` deploys an engine."""
@@ -63,10 +67,12 @@ class ModalCloud:
 
         listed = listed_rates()
         try:
-            told = dict(await modal.Workspace.from_context(client=self._client).billing.rates.aio())
-        except Exception:  # whatever it is, prices are no reason not to go on: the table has a date on it
+            answer = await modal.Workspace.from_context(client=self._client).billing.rates.aio()
+            told = {key: float(value) for key, value in answer.items()}
+        except Exception as failure:  # whatever it is: the table has a date on it, which is shown
+            log.info("Modal's prices for this account could not be had: %s", str(failure) or type(failure).__name__)
             return listed
-        return recognised_rates({key: float(value) for key, value in told.items()}, listed)
+        return recognised_rates(told, listed)
 
     async def start(self, rental: Rental, on_stage: Callable[[Stage], None]) -> Container:
         with failures_told(rental):
@@ -77,8 +83,10 @@ class ModalCloud:
                 facts = await self._first_answer(call, instance, rental, on_stage)
                 network = await self._network_seconds(instance)
             except BaseException:
-                with contextlib.suppress(Exception):  # the failure itself is what counts
+                try:
                     await asyncio.shield(call.cancel.aio(terminate_containers=True))
+                except Exception as failure:  # the reason to end, not this, is what the page shows
+                    log.warning("a call of %s on Modal could not be cancelled: %r", rental.engine, failure)
                 raise
         return _ModalContainer(facts, network, rental, instance, self._client)
 
@@ -105,12 +113,15 @@ class ModalCloud:
         deadline = monotonic_clock() + QUEUE_LIMIT_SECONDS
         while monotonic_clock() < deadline:
             with contextlib.suppress(TimeoutError):  # Python's own: not there yet; Modal's time-outs are other types
-                return read_facts(await call.get.aio(timeout=LOOK_SECONDS))
+                facts = read_facts(await call.get.aio(timeout=LOOK_SECONDS))
+                _still_wanted()
+                return facts
+            _still_wanted()
             stats = await instance.hello.get_current_stats.aio()
             on_stage("starting the container" if stats.num_total_runners else "waiting for a GPU")
         raise EngineError(
-            f"No {rental.gpu_words} came free on Modal within {QUEUE_LIMIT_SECONDS / 60:.0f} minutes. Try another "
-            "GPU, or later; an account on the free plan has at most 10 GPUs at once."
+            f"No {rental.gpu_words.replace('!', '')} came free on Modal within {QUEUE_LIMIT_SECONDS / 60:.0f} minutes. "
+            "Try another GPU, or later; an account on the free plan has at most 10 GPUs at once."
         )
 
     async def _network_seconds(self, instance: Any) -> float | None:
@@ -120,6 +131,7 @@ class ModalCloud:
             await instance.hello.remote.aio()
             passed = monotonic_clock() - began
             shortest = passed if shortest is None else min(shortest, passed)
+            _still_wanted()
         return shortest
 
 
@@ -144,18 +156,20 @@ class _ModalContainer:
             with failures_told(self._rental):
                 while True:
                     waiting = asyncio.ensure_future(anext(stream))
-                    try:
-                        # Shielded, because a stream whose next item was cancelled is closed, and could not say its id.
-                        item = await asyncio.wait_for(asyncio.shield(waiting), SILENCE_LIMIT_SECONDS)
-                    except StopAsyncIteration:
-                        ended = True
-                        return
-                    except TimeoutError as failure:
+                    # Not wait_for: it would cancel the item, and with that close a stream that has not said its id yet;
+                    # and Python 3.11's forgets that it was cancelled when the item comes at the same moment.
+                    if not (await asyncio.wait([waiting], timeout=SILENCE_LIMIT_SECONDS))[0]:
                         raise EngineError(
                             f"Nothing was heard from the container on Modal for {SILENCE_LIMIT_SECONDS:g} s. Look at "
                             f"its log (`modal app logs {APP_NAME}`), and run it again."
-                        ) from failure
-                    waiting = None
+                        )
+                    try:
+                        item = waiting.result()
+                    except StopAsyncIteration:
+                        ended = True
+                        return
+                    finally:
+                        waiting = None
                     its_life, number, payload = read_stamp(item)
                     if its_life == life:
                         yield payload
@@ -167,8 +181,10 @@ class _ModalContainer:
                     life, call_id = its_life, payload
         finally:
             if not ended:
-                with contextlib.suppress(Exception):  # the failure, or the wish to stop, is what counts
+                try:
                     await asyncio.shield(self._cancel(call_id, waiting or asyncio.ensure_future(anext(stream))))
+                except Exception as failure:  # the reason to end, not this, is what the page shows
+                    log.warning("a call of %s on Modal could not be cancelled: %r", self._rental.engine, failure)
 
     async def _cancel(self, call_id: str, coming: asyncio.Future[str]) -> None:
         """End the call there and its container with it: a generator that nobody reads would run, and cost, on.
@@ -178,14 +194,23 @@ class _ModalContainer:
         import modal
 
         try:
-            call_id = call_id or read_stamp(await asyncio.wait_for(coming, SILENCE_LIMIT_SECONDS))[2]
+            if not call_id:
+                await asyncio.wait([coming], timeout=SILENCE_LIMIT_SECONDS)
+                call_id = read_stamp(coming.result())[2]
         finally:
             coming.cancel()
         call = modal.FunctionCall.from_id(call_id, client=self._client)
         await call.cancel.aio(terminate_containers=True)
 
 
-async def stamped(call_id: str, items: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+def _still_wanted() -> None:
+    """Raises CancelledError where this task was cancelled while Modal's client, whose calls may forget that, waited."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+def stamped(call_id: str, items: Iterable[str]) -> Generator[str, None, None]:
     """A container's items as they travel: which life of the container they belong to, and their number in it.
 
     The first one carries the id of the call, so that it can be cancelled. A container that Modal takes away is followed
@@ -193,11 +218,8 @@ async def stamped(call_id: str, items: AsyncGenerator[str, None]) -> AsyncGenera
     """
     life = secrets.token_hex(4)
     yield f"{life} 0 {call_id}"
-    async with contextlib.aclosing(items):
-        number = 0
-        async for item in items:
-            number += 1
-            yield f"{life} {number} {item}"
+    for number, item in enumerate(items, start=1):
+        yield f"{life} {number} {item}"
 
 
 def read_stamp(item: str) -> tuple[str, int, str]:
@@ -291,9 +313,10 @@ def sentence(failure: BaseException, rental: Rental) -> str:
     from modal import exception
 
     text = str(failure)
-    for pattern, words in WORDS:
-        if re.search(pattern, text, re.IGNORECASE):
-            return words.format(engine=rental.engine, gpu=rental.gpu_words)
+    if isinstance(failure, exception.Error):  # not our own code's, whose words may mean anything
+        for pattern, words in WORDS:
+            if re.search(pattern, text, re.IGNORECASE):
+                return words.format(engine=rental.engine, gpu=rental.gpu_words.replace("!", ""))
     match failure:
         case exception.AuthError() if "missing" in text.lower():
             return (
@@ -321,12 +344,15 @@ def sentence(failure: BaseException, rental: Rental) -> str:
             )
         case exception.VersionError():
             return "Modal no longer speaks with this version of its package: raise it in requirements.txt."
-        case exception.ConnectionError() | exception.ServiceError() | OSError():
+        case exception.ConnectionError() | exception.ServiceError() | ConnectionError() | socket.gaierror():
             return f"Modal cannot be reached ({text or type(failure).__name__}). Check the network, and run it again."
         case exception.InternalError() | exception.InternalFailure():
             return f"Something broke inside Modal ({text}). Run it again; status.modal.com says whether others have it."
         case _:
-            return f"The container on Modal failed: {type(failure).__name__}{': ' if text else ''}{text}"
+            return (
+                f"The container on Modal failed: {type(failure).__name__}{': ' if text else ''}{text}. "
+                f"`modal app logs {APP_NAME}` may say more; run it again."
+            )
 
 
 def _details(failure: BaseException) -> str:

@@ -47,11 +47,14 @@ class ModelShape:
 def has_prediction_head(model: str) -> bool:
     """Whether the model can guess its own next tokens; False also where its files are not here."""
     folder = model_folder(model)
-    if folder is None or not (config := folder / "config.json").is_file():
+    if folder is None:
         return False
-    values = json.loads(config.read_text(encoding="utf-8"))
-    parts = (values, values.get("text_config") or {})
-    return any(bool(part.get(field)) for part in parts for field in HEAD_FIELDS)
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        parts = (values, values.get("text_config") or {})
+        return any(bool(part.get(field)) for part in parts for field in HEAD_FIELDS)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def read_shape(model: str) -> ModelShape | None:

@@ -83,6 +83,7 @@ class Ledger:
         self.path, self._now = path, now
         self._guard = threading.Lock()
         self._reserved: list[tuple[str, float]] = []  # runs under way may spend up to their limit
+        self._unwritten: list[tuple[str, str, float]] = []  # so that the limits hold at least as long as the app runs
 
     def today(self, visitor: str | None = None) -> float:
         """$ spent since midnight UTC, and what runs under way may still spend; of all or of one visitor."""
@@ -93,7 +94,7 @@ class Ledger:
         name = None if visitor is None else _hashed(visitor)
         day = self._now().date().isoformat()
         total = sum(dollars for who, dollars in self._reserved if name in (None, who))
-        for at, who, dollars in self._lines():
+        for at, who, dollars in [*self._lines(), *self._unwritten]:
             if at.startswith(day) and name in (None, who):
                 total += dollars
         return total
@@ -123,21 +124,23 @@ class Ledger:
 
     def settle(self, visitor: str, granted: float | None, spent: float) -> None:
         """The run is over and has cost `spent`."""
-        entry = {"at": self._now().isoformat(timespec="seconds"), "visitor": _hashed(visitor), "dollars": spent}
+        at, who = self._now().isoformat(timespec="seconds"), _hashed(visitor)
+        entry = {"at": at, "visitor": who, "dollars": spent}
         with self._guard:
-            self._reserved.remove((_hashed(visitor), granted or 0.0))
+            self._reserved.remove((who, granted or 0.0))
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
+                with self.path.open("a+", encoding="utf-8", errors="replace") as file:
+                    file.seek(0)
+                    whole = file.read()[-1:] in ("", "\n")  # else the last line was cut off
+                    file.write(f"{'' if whole else chr(10)}{json.dumps(entry)}\n")
             except OSError as failure:
-                # Kept in memory, so that the limits hold at least as long as the app runs.
-                self._reserved.append((_hashed(visitor), spent))
+                self._unwritten.append((at, who, spent))
                 log.warning("what was spent cannot be written to %s: %s", self.path, failure.strerror)
 
     def _lines(self) -> list[tuple[str, str, float]]:
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return []
         found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ DEFAULT_PROMPT = "Write a short paragraph about LLM inference serving optimizati
 TOKEN_LIMIT = 2048
 REPEAT_LIMIT = 20
 MOST_DOLLARS = 10_000
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(\D|$))")  # the comma of "1,000"; that of "2,5" is none
 
 
 class PlanError(ValueError):
@@ -137,7 +139,7 @@ class Setting:
         if self.kind == "choice":
             return self.choices.get(value, value)
         if self.kind in ("whole", "number") and isinstance(value, str):
-            return _typed_number(self.name, self.label, value)
+            value = _typed_number(self.name, self.label, value)
         if self.kind == "whole" and isinstance(value, float) and value.is_integer():
             return int(value)
         return value or "" if self.kind in ("text", "line") else value
@@ -146,7 +148,7 @@ class Setting:
 def _typed_number(name: str, label: str, value: str) -> float | None:
     """None for an empty field. Raises PlanError."""
     try:
-        return float(value.strip().lstrip("$").replace(",", "")) if value.strip() else None
+        return float(THOUSANDS.sub("", value.strip().lstrip("$"))) if value.strip() else None
     except ValueError:
         raise PlanError(name, f"{label} must be a number, not {value!r}.") from None
 

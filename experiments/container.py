@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 import urllib.request
-from collections.abc import AsyncGenerator
+from collections.abc import Generator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ SLEEP_SECONDS = 120.0  # for an engine to empty or fill the GPU's memory
 STOP_SECONDS = 60.0  # for a run that was told to stop, until it has made its result
 
 
-async def carried_out(order: str, host: LocalHost) -> AsyncGenerator[str, None]:
+def carried_out(order: str, host: LocalHost) -> Generator[str, None, None]:
     """Run one contender of `order` on `host`, as `experiments.run` does anywhere, and yield its events in batches.
 
     Between events it says every few seconds that it is still there. Closing it stops the run; so does the order's own
@@ -48,14 +48,13 @@ async def carried_out(order: str, host: LocalHost) -> AsyncGenerator[str, None]:
         raise EngineError(f"The order has no contender called {read.only!r}.")
     run = BackgroundRun(experiment, read.plan, host, read.contenders, read.only)
     try:
-        async for item in _told(read, contender, run, host):
-            yield item
+        yield from _told(read, contender, run, host)
     finally:
         run.stop()
-        await asyncio.to_thread(run.finished.wait, STOP_SECONDS)  # the engine must be idle for whoever comes next
+        run.finished.wait(STOP_SECONDS)  # the engine must be idle for whoever comes next
 
 
-async def _told(order: Order, contender: Contender, run: BackgroundRun, host: LocalHost) -> AsyncGenerator[str, None]:
+def _told(order: Order, contender: Contender, run: BackgroundRun, host: LocalHost) -> Generator[str, None, None]:
     seen = 0
     status: Status | None = None
     began = spoken = monotonic_clock()
@@ -77,7 +76,7 @@ async def _told(order: Order, contender: Contender, run: BackgroundRun, host: Lo
             return
         if order.limit_seconds is not None and monotonic_clock() - began > order.limit_seconds:
             run.stop()
-        await asyncio.sleep(LOOK_SECONDS)
+        run.finished.wait(LOOK_SECONDS)
 
 
 class Bench:
@@ -131,7 +130,7 @@ class Bench:
         self.calls += 1
         return asdict(facts)
 
-    def measure(self, order: str) -> AsyncGenerator[str, None]:
+    def measure(self, order: str) -> Generator[str, None, None]:
         return carried_out(order, self.host)
 
     def freeze(self) -> None:

@@ -93,12 +93,15 @@ class Rent:
             raise PlanError("model", "Name a model: its id on the model hub, such as Qwen/Qwen3.5-4B.")
         if self.model.startswith(("/", ".", "~")):
             raise PlanError("model", "A rented machine cannot read folders of this one: name a model on the model hub.")
-        if self.gpu not in {choice.exactly for choice in GPU_CHOICES}:
+        choice = next((one for one in GPU_CHOICES if one.exactly == self.gpu), None)
+        if choice is None:
             raise PlanError("gpu", f"There is no GPU called {self.gpu!r} to rent.")
-        check_whole("gpu_count", "GPUs per copy", self.gpu_count, 1, MOST_GPUS)
+        check_whole("gpu_count", "GPUs that share the work", self.gpu_count, 1, MOST_GPUS)
         check_whole("replicas", "Copies of the model", self.replicas, 1, MOST_GPUS)
-        if self.gpu_count * self.replicas > MOST_GPUS:
-            raise PlanError("replicas", f"One container has at most {MOST_GPUS} GPUs: choose fewer copies or GPUs.")
+        if self.gpu_count * self.replicas > choice.most:
+            raise PlanError(
+                "replicas", f"A container has at most {choice.most} GPUs of this kind: choose fewer copies or GPUs."
+            )
         check_whole("keep_seconds", "Keep idle containers", self.keep_seconds, 0, MOST_KEEP_SECONDS)
         if self.budget is not None:
             check_number("budget", "Budget", self.budget, 0.01, 1000)

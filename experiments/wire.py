@@ -71,8 +71,8 @@ def encoded(events: Iterable[Event | Status]) -> str:
         if isinstance(event, RunEnded):
             event = RunEnded(replace(event.result, requests=(), trials=()))
         kind = type(event)
-        parts.append(f'["{kind.__name__}",{_adapter(kind).dump_json(event).decode()}]')
-    return f"[{','.join(parts)}]"
+        parts.append([kind.__name__, _adapter(kind).dump_python(event)])
+    return json.dumps(parts, separators=(",", ":"))  # unlike pydantic's it knows half characters and NaN
 
 
 def decoded(item: str) -> list[Event | Status]:
@@ -135,7 +135,7 @@ def order_from_json(
         )
         plan = _adapter(experiment.plan).validate_python(told["plan"])
         return Order(experiment.name, plan, contenders, told["only"], told["limit_seconds"], told["leave"])
-    except (ValueError, TypeError, KeyError, StopIteration) as failure:
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as failure:
         raise EngineError(f"The container does not understand its order: {failure!r}") from failure
 
 

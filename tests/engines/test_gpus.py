@@ -21,6 +21,7 @@ ROWS = {
     "NVIDIA A10": "A10",
     "NVIDIA A10G": "A10",
     "Tesla T4": "T4",
+    "NVIDIA RTX PRO 6000 Blackwell Server Edition": "RTX-PRO-6000",
     "NVIDIA GeForce RTX 3090": "RTX 3090",
     "NVIDIA GeForce RTX 4090": "RTX 4090",
     "NVIDIA GeForce RTX 5090": "RTX 5090",

@@ -257,7 +257,6 @@ def test_a_model_that_is_not_here_has_no_head(tmp_path: Path, monkeypatch: pytes
     assert has_prediction_head("owner/name") is True
 
 
-@pytest.mark.xfail(strict=True, reason="the failure of reading it ends the run; read_shape gives None")
 @pytest.mark.parametrize("config", ["", "[]", "\ud800", json.dumps(CONFIG | {"text_config": "inside"})])
 def test_of_a_broken_config_no_head_is_known(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_bytes(config.encode("utf-8", "surrogatepass"))

@@ -9,13 +9,15 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+import modal_app
 from demo_model.bundled import draft_model
 from demo_model.corpus import with_prefix
 from demo_model.evaluate import answers, held_back_questions
@@ -23,18 +25,20 @@ from engines import ENGINES, engine_named
 from engines.agreement import agreement
 from engines.base import EngineConfig, EngineError, Request
 from engines.client import EngineClient
-from engines.environments import Environment, cache_folder
+from engines.environments import CACHE_VARIABLE, Environment, cache_folder
 from engines.hardware import this_machine
-from engines.local import LocalHost, Serving
+from engines.local import LocalHost, Serving, Status
+from engines.modal_cloud import class_name, read_facts, read_stamp
 from engines.openai_stream import ChatStreamParser
 from engines.timeline import Timeline, record
-from experiments.base import Plan
+from experiments.base import Event, Plan, RequestEnded, RunEnded, TokensArrived
 from experiments.baseline import EXPERIMENT
 from experiments.metrics import RequestMetrics
 from experiments.run import run
 from experiments.sameness import same_answers
 from experiments.speculation import EXPERIMENT as SPECULATION
 from experiments.speculation import SpeculationPlan
+from experiments.wire import Order, decoded, order_to_json
 from tests.conftest import mounted_disk, wait_until
 from tests.running_app import alive
 
@@ -268,6 +272,45 @@ def test_with_its_draft_model_vllm_guesses_well_and_sglang_says_why_it_cannot(ho
     rows = {row.name: row for row in result.engines}
     assert "its draft and verify kernels exist for GPUs only" in str(rows["sglang+draft_model-3"].unavailable)
     assert [one.agreement.whole or one.agreement.tokens > 32 for one in same_answers(result)][0], "the text is the same"
+
+
+# Modal says of every call made here that the containers' volumes are not.
+@pytest.mark.filterwarnings("ignore:.*is executing locally.*:UserWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_modal_s_generator_run_here_tells_what_the_local_host_tells(
+    host: LocalHost, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache_folder()))  # where a container would have its engine
+    plan = Plan("What is a KV cache?", (name,), repeats=2, warmups=1, max_tokens=32, fixed_length=True)
+    order = order_to_json(Order("baseline", plan, EXPERIMENT.contenders(plan, host), name))
+    container = getattr(modal_app, class_name(name))(model="bundled", draft_model="bundled", features="{}")
+    try:
+        facts = read_facts(container.hello.local())
+        items = [read_stamp(item) for item in container.measure.local(order)]
+    finally:
+        container._cached_user_cls_instance().inside.close()
+    events = [event for _, number, item in items if number for event in decoded(item)]
+    local: list[Event] = []
+    asyncio.run(run(EXPERIMENT, plan, host, local.append))
+
+    assert facts.hardware == this_machine()
+    assert happened(events) == happened(local)
+    (*_, last) = events
+    assert isinstance(last, RunEnded) and last.result.bandwidth and last.result.engines[0].start_phases
+
+
+def happened(events: Sequence[Event | Status]) -> list[Any]:
+    """Kinds in order, and of each answer what depends on no moment; how it is cut into chunks does."""
+    found: list[Any] = []
+    for event in events:
+        match event:
+            case Status() | TokensArrived():
+                continue
+            case RequestEnded(row):
+                found.append((row.repeat, row.warmup, row.timeline.text, row.timeline.usage, row.timeline.error))
+            case _:
+                found.append(type(event).__name__)
+    return found
 
 
 def test_stopping_leaves_no_process(host: LocalHost) -> None:

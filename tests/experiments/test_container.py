@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engines.base import Engine, EngineError
+from engines.base import EngineError
 from engines.cloud import WIRE_VERSION
 from engines.local import LocalHost, Status
 from engines.modal_cloud import read_facts
@@ -48,10 +48,7 @@ def order(bench: Bench, plan: Plan = PLAN, **changes: Any) -> str:
 
 
 def events_of(bench: Bench, text: str) -> list[Event | Status]:
-    async def whole() -> list[Event | Status]:
-        return [event async for item in bench.measure(text) for event in decoded(item)]
-
-    return asyncio.run(whole())
+    return [event for item in bench.measure(text) for event in decoded(item)]
 
 
 def told(events: list[Any]) -> list[tuple[Any, ...]]:
@@ -101,7 +98,10 @@ def test_the_engine_s_phases_are_told_while_it_starts(make_bench: Callable[..., 
 
     phases = [event.phase for event in events_of(bench, order(bench)) if isinstance(event, Status)]
 
-    assert ["loading weights", "warming up"] == [phase for phase in phases if phase in ("loading weights", "warming up")]
+    assert [phase for phase in phases if phase in ("loading weights", "warming up")] == [
+        "loading weights",
+        "warming up",
+    ]
 
 
 def test_a_second_order_finds_the_engine_running(make_bench: Callable[..., Bench]) -> None:
@@ -134,30 +134,23 @@ def test_closing_the_stream_stops_the_run_and_leaves_the_engine_idle(make_bench:
     bench = make_bench(gap=0.05)
     long = order(bench, replace(PLAN, repeats=20, max_tokens=200))
 
-    async def read_some() -> None:
-        items = bench.measure(long)
-        async for item in items:
-            if any(type(event).__name__ == "TokensArrived" for event in decoded(item)):
-                break
-        await items.aclose()
-
-    asyncio.run(read_some())
+    items = bench.measure(long)
+    while not any(type(event).__name__ == "TokensArrived" for event in decoded(next(items))):
+        pass
+    items.close()
 
     assert bench.host.status("quick").light == "ready"
     again = events_of(bench, order(bench, replace(PLAN, max_tokens=2)))
     assert isinstance(again[-1], RunEnded) and not again[-1].result.stopped_early
 
 
-def test_silence_is_broken_every_few_seconds(
-    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silence_is_broken_every_few_seconds(make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(container_module, "ALIVE_SECONDS", 0.3)
     bench = make_bench(first_token=1.5)
 
-    async def items() -> list[str]:
-        return [item async for item in bench.measure(order(bench, replace(PLAN, repeats=1, warmups=0)))]
+    items = list(bench.measure(order(bench, replace(PLAN, repeats=1, warmups=0))))
 
-    assert asyncio.run(items()).count("[]") >= 3
+    assert items.count("[]") >= 3
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"experiment": "baseline"}', '{"experiment": "none"}'])

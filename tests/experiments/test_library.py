@@ -53,7 +53,7 @@ def test_results_of_schema_1_are_listed_and_drawn(library: Library) -> None:
     (library.folder / "first-schema.json").write_text(SCHEMA_1.read_text(encoding="utf-8"), encoding="utf-8")
     result = library.load("first-schema")
     assert result.schema == 1
-    assert set(figures(result)) == {"speed"} and len(table(result).rows) == 5
+    assert set(figures(result)) == {"speed", "start"} and len(table(result).rows) == 5
 
 
 @pytest.mark.parametrize("run", ["nothing", "../own/old", "/etc/passwd", "", "old.json", "a" * 100])

@@ -86,8 +86,15 @@ class Rented:
 
     def measure(self, engine: str) -> Callable[[dict[str, Any], str], AsyncIterator[str]]:
         async def handler(parameters: dict[str, Any], order: str) -> AsyncIterator[str]:
-            async for item in stamped(current_call.get().id, self.bench(engine, parameters).measure(order)):
-                yield item
+            items = self.bench(engine, parameters).measure(order)
+            told = stamped(current_call.get().id, items)
+            try:
+                while (item := await asyncio.to_thread(next, told, None)) is not None:
+                    yield item
+            finally:
+                while items.gi_running:  # a cancelled call's thread is still waiting for the next item
+                    await asyncio.sleep(0.01)
+                items.close()
 
         return handler
 
@@ -286,8 +293,16 @@ def test_an_exhausted_day_is_told_and_rents_nothing(rent_from: Callable[..., Ren
     assert all("Nothing is left of this page's budget for today" in (row.error or "") for row in result.engines)
 
 
+def forget_prices(on_modal: Rented) -> None:
+    """No GPU's price is known any more."""
+    asyncio.run(on_modal.host.rates())
+    asked, rates = on_modal.host._rates  # type: ignore[misc]
+    on_modal.host._rates = (asked, replace(rates, gpus={}))
+
+
 def test_a_gpu_without_a_price_cannot_keep_a_budget(rent_from: Callable[..., Rented]) -> None:
     on_modal = rent_from()
+    forget_prices(on_modal)
 
     result = on_modal.run(rent=replace(RENT, gpu="T4"))
 
@@ -298,6 +313,7 @@ def test_a_gpu_without_a_price_cannot_keep_a_budget(rent_from: Callable[..., Ren
 def test_without_any_limit_a_gpu_needs_no_price(rent_from: Callable[..., Rented]) -> None:
     on_modal = rent_from()
     on_modal.host.limits = Limits(None, None, None)
+    forget_prices(on_modal)
 
     result = on_modal.run(rent=replace(RENT, gpu="T4"))
 
@@ -412,6 +428,7 @@ def refused(field: str, words: str) -> Iterator[None]:
         ({"gpu": "X999"}, "gpu", "no GPU called 'X999'"),
         ({"gpu_count": 0}, "gpu_count", "from 1 to 8"),
         ({"gpu_count": 4, "replicas": 4}, "replicas", "at most 8 GPUs"),
+        ({"gpu": "A10", "gpu_count": 8}, "replicas", "at most 4 GPUs"),
         ({"keep_seconds": -1}, "keep_seconds", "from 0 to 1200"),
         ({"budget": 0.0}, "budget", "from 0.01 to 1000"),
     ],

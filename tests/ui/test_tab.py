@@ -139,11 +139,12 @@ def test_settings_that_cannot_be_used_give_the_reason_and_touch_nothing_else(
     assert asyncio.run(collect()) == [{tab.progress: problem_html(message)}]
 
 
-def test_the_controls_become_a_plan() -> None:
-    plan = read_plan(EXPERIMENT, ["one", "two"], ("Go.", 4, 1, 64, NATURAL, 2.5, True))
+def test_the_controls_become_a_plan(host: LocalHost) -> None:
+    plan, machine = read_plan(EXPERIMENT, host, ["one", "two"], ("Go.", 4, 1, 64, NATURAL, "2.5", True))
+    assert machine is host
     assert (plan.prompt, plan.engines, plan.repeats, plan.warmups) == ("Go.", ("one", "two"), 4, 1)
     assert (plan.max_tokens, plan.fixed_length, plan.dollars_per_hour, plan.race) == (64, False, 2.5, True)
-    plan = read_plan(EXPERIMENT, ["one"], ("Go.", 1, 0, 8, EXACT, None, False))
+    plan, _ = read_plan(EXPERIMENT, host, ["one"], ("Go.", 1, 0, 8, EXACT, "", False))
     assert (plan.fixed_length, plan.dollars_per_hour) == (True, None)
 
 
@@ -251,7 +252,7 @@ def test_a_second_visitor_waits_in_line_and_may_give_up(host: LocalHost, tab: Ta
         return seen
 
     waiting, last = asyncio.run(visit())
-    assert "Another run is using this machine" in waiting[tab.progress]
+    assert "Another run is under way" in waiting[tab.progress]
     assert waiting[tab.stop]["interactive"]
     on, off = gr.update(interactive=True), gr.update(interactive=False)
     assert last == {tab.run: on, tab.replay: on, tab.stop: off, tab.progress: ""}

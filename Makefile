@@ -1,16 +1,20 @@
-# make run: environment, install, start.   make test: every test.   make check: format, lint, types.
+# make run: environment, install, start.   make test: every test; make quick: those that need neither browser nor engine.
+# make check: format, lint, types.
 # make demo-model: train the bundled model anew.   make bench: how exact the measuring is, beside other clients.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check demo-model bench clean
+.PHONY: run test quick check demo-model bench clean
 
 run: $(VENV)/.app
 	exec $(BIN)/python app.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser and not engines" $(ARGS)
 
 demo-model: $(VENV)/.app
 	$(BIN)/python -m demo_model.build $(ARGS)

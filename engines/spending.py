@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,8 +115,8 @@ class Ledger:
                     rest = limit - self._today(who)
                     if rest <= 0:
                         raise EngineError(
-                            f"Nothing is left of {words} (${limit:,.2f}). It begins anew at midnight UTC; until then "
-                            "recorded runs can be replayed."
+                            f"Nothing is left of {words} ({dollars(limit)}). It begins anew at midnight UTC; until "
+                            "then recorded runs can be replayed."
                         )
                     left.append(rest)
             granted = min(left, default=None)
@@ -151,6 +152,14 @@ class Ledger:
             except (ValueError, TypeError, LookupError):
                 continue  # the end of a line that was being written when the machine went down
         return found
+
+
+def dollars(value: float | None) -> str:
+    """In cents; below ten of them as many places as two digits that count need."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    places = 2 if value <= 0 else max(2, 1 - math.floor(math.log10(value)))
+    return f"${value:,.{places}f}"
 
 
 def _hashed(visitor: str) -> str:

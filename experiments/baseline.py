@@ -10,6 +10,7 @@ baseline ahead of both serving engines.
 
 from __future__ import annotations
 
+from engines.spending import dollars
 from experiments.base import (
     ANSWER_LENGTH,
     LENGTH_KIND,
@@ -27,7 +28,7 @@ from experiments.base import (
     plain_contenders,
 )
 from experiments.drawing import START_CHART, bar_charts
-from experiments.limits import COST_HEADING, dollars, dollars_per_million, limit_notes, of_ceiling
+from experiments.limits import COST_HEADING, dollars_per_million, limit_notes, of_ceiling
 from experiments.metrics import METRICS, Distribution, ratio
 from experiments.result import EngineRow, ExperimentResult
 from experiments.telling import contender_table, listed, share

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from engines.spending import dollars
 from experiments.base import (
     ANSWER_LENGTH,
     LENGTH_KIND,
@@ -55,7 +56,7 @@ from experiments.levels import (
     users,
     waited,
 )
-from experiments.limits import COST_HEADING, dollars, dollars_per_million, limit_notes, of_ceiling
+from experiments.limits import COST_HEADING, dollars_per_million, limit_notes, of_ceiling
 from experiments.metrics import MILLISECONDS, Distribution, ratio
 from experiments.result import EngineRow, ExperimentResult
 from experiments.telling import listed, runs, share

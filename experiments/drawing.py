@@ -131,7 +131,7 @@ def start_chart(result: ExperimentResult) -> plotly.graph_objects.Figure | None:
     chart.update_layout(
         barmode="overlay", bargap=0.3, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     )
-    chart.update_xaxes(title="seconds until the engine answered (shorter is better)")
+    chart.update_xaxes(title="seconds to start (shorter is better)")
     chart.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=[bar_label(row) for row in rows])
     return styled(chart, result, "", pixels=60 + 46 * len(rows), axis=52)
 

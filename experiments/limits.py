@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from engines.gpus import PRICES_OF, Price, gpu_named
 from engines.hardware import Hardware
+from engines.spending import dollars
 from experiments.base import Plan
 from experiments.metrics import MILLISECONDS, Distribution
 from experiments.result import ExperimentResult
@@ -59,14 +58,6 @@ def dollars_per_million(result: ExperimentResult, tokens_per_second: float | Non
     if result.price is None or not tokens_per_second:
         return None
     return result.price.dollars_per_hour / 3600 / tokens_per_second * 1e6
-
-
-def dollars(value: float | None) -> str:
-    """In cents; below ten of them as many places as two digits that count need."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    places = 2 if value <= 0 else max(2, 1 - math.floor(math.log10(value)))
-    return f"${value:,.{places}f}"
 
 
 def three_digits(value: float) -> str:

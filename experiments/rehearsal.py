@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from engines.base import EngineError
@@ -27,6 +28,7 @@ from experiments.wire import encoded
 
 QUEUE_SECONDS, CONTAINER_SECONDS, IMPORT_SECONDS = 3.0, 4.0, 2.0
 LOOK_SECONDS = 0.05
+LEAVING_SECONDS = 4.0  # that a container is still there after it was let go
 NETWORK_SECONDS = 0.09
 FAULTS = "rehearse/"
 STAGES = {"importing": 4.0, "loading weights": 3.0, "compiling": 4.0, "capturing graphs": 2.0, "warming up": 1.0}
@@ -43,7 +45,7 @@ class RehearsalCloud:
     def __init__(self, recordings: Path = RECORDINGS, speed: float = 1.0) -> None:
         self.library = Library(recordings, recordings)
         self.speed = speed
-        self.containers: set[Rental] = set()
+        self.containers: dict[Rental, float] = {}  # until when each is there
         self.cancelled: list[Rental] = []
 
     async def rates(self) -> Rates:
@@ -58,24 +60,27 @@ class RehearsalCloud:
             _raise_at_start(fault)
             if fault == "no-gpu":
                 await asyncio.Event().wait()  # until the visitor gives up
-            self.containers.add(rental)
+            self.containers[rental] = inf
             try:
                 on_stage("starting the container")
                 await self._passes(CONTAINER_SECONDS)
                 alive = monotonic_clock()
                 await self._passes(IMPORT_SECONDS)
             except asyncio.CancelledError:
-                self.containers.discard(rental)
+                await self.let_go(rental)
                 raise
         passed = monotonic_clock() - alive
         facts = ContainerFacts(f"rehearsed {began:.0f}", Hardware("rehearsed", 0, 0.0), passed, passed, calls=0)
         return _RehearsedContainer(self, rental, facts, fault)
 
     async def let_go(self, rental: Rental) -> None:
-        self.containers.discard(rental)
+        self.leave(rental, 0)
+
+    def leave(self, rental: Rental, after_seconds: float) -> None:
+        self.containers[rental] = monotonic_clock() + (after_seconds + LEAVING_SECONDS) / self.speed
 
     async def running(self, rental: Rental) -> int:
-        return int(rental in self.containers)
+        return int(monotonic_clock() < self.containers.get(rental, 0.0))
 
     async def _passes(self, seconds: float) -> None:
         await asyncio.sleep(seconds / self.speed)
@@ -98,8 +103,7 @@ class _RehearsedContainer:
         finally:
             if not ended:
                 self._cloud.cancelled.append(self._rental)
-            if not ended or not self._rental.keep_seconds:
-                self._cloud.containers.discard(self._rental)
+            self._cloud.leave(self._rental, self._rental.keep_seconds if ended else 0)
 
     async def _replayed(self, order: dict[str, object]) -> AsyncGenerator[str, None]:
         result = self._recorded(str(order["experiment"]), str(order["only"]))

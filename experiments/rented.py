@@ -25,7 +25,7 @@ from engines.local import Serving, Status
 from engines.model_shape import ModelShape
 from engines.rented import RentedHost
 from engines.server import PhaseTime
-from engines.spending import Limits, Meter, Spent
+from engines.spending import Limits, Meter, Spent, dollars
 from experiments.base import (
     Contender,
     Emit,
@@ -55,6 +55,7 @@ MOST_GPUS = 8
 MOST_KEEP_SECONDS = 1200
 LEAVING_SECONDS = 5.0  # that a container which was let go is counted for
 LOOK_SECONDS = 0.5
+BUDGET_WORDS = "Stopped at its budget of"
 SNAPSHOT_LABEL = "The engines were started from a picture of their memory; their start says nothing of a plain one."
 
 
@@ -336,8 +337,9 @@ class _RentedRunner:
         self.meter = Meter(rate, gpus, source)
 
     def _all_failed(self, error: EngineError) -> None:
-        for contender in self.able:
-            self._failed(contender, error)
+        for contender in self.able:  # beside the run only: the lights are everybody's, and nothing was rented
+            row = self.rows[contender.key] = replace(self.rows[contender.key], error=error.message)
+            self.emit(EngineFailed(row))
 
     async def _watched(self, work: asyncio.Future[None]) -> None:
         """Wait for the work, tell what it costs, and end it when the budget is spent or the app closes."""
@@ -350,9 +352,7 @@ class _RentedRunner:
                 self.emit(Spending(spent, self.limit))
             if self.limit is not None and spent.dollars is not None and spent.dollars >= self.limit:
                 self.stopped_early = True
-                self.labels.append(
-                    f"Stopped at its budget of ${self.limit:,.2f}: what was measured until then is shown."
-                )
+                self.labels.append(f"{BUDGET_WORDS} {dollars(self.limit)}: what was measured until then is shown.")
                 return
             if self.host.closing.is_set():
                 self.stopped_early = True

@@ -19,6 +19,7 @@ from experiments.base import (
     RunEnded,
     TokensArrived,
     Trial,
+    TrialEnded,
     TrialStarted,
 )
 from experiments.result import ExperimentResult, RequestRow, TrialRow
@@ -45,6 +46,7 @@ def schedule(result: ExperimentResult) -> list[tuple[float, Event]]:
         )
         for request in requests:
             events += _played(request, shift)
+        events.append((trial.ended + shift, TrialEnded(trial)))
         clock = reached + shift
     events.append((clock, RunEnded(result)))
     return sorted(events, key=lambda timed: timed[0])

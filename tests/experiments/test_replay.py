@@ -114,6 +114,7 @@ def test_a_replay_gives_every_event_and_takes_as_long_as_the_answers_did() -> No
         "TokensArrived",
         "TokensArrived",
         "RequestEnded",
+        "TrialEnded",
         "RunEnded",
     ]
     assert run.finished.is_set() and run.result is run.recorded

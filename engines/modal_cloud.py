@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 APP_NAME = "llm-inference-bake-off"
 MACHINE = Machine()
 QUEUE_LIMIT_SECONDS = 900.0
+RATES_LIMIT_SECONDS = 10.0
 SILENCE_LIMIT_SECONDS = 120.0  # the container says something every few seconds, whatever the engine does
 LOOK_SECONDS = 1.0
 ROUND_TRIPS = 5
@@ -67,7 +68,8 @@ class ModalCloud:
 
         listed = listed_rates()
         try:
-            answer = await modal.Workspace.from_context(client=self._client).billing.rates.aio()
+            asked = modal.Workspace.from_context(client=self._client).billing.rates.aio()
+            answer = await asyncio.wait_for(asked, RATES_LIMIT_SECONDS)  # its client tries for a minute
             told = {key: float(value) for key, value in answer.items()}
         except Exception as failure:  # whatever it is: the table has a date on it, which is shown
             log.info("Modal's prices for this account could not be had: %s", str(failure) or type(failure).__name__)

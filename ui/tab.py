@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 
+from engines.cloud import GPU_CHOICES
 from engines.rented import RentedHost
 from engines.spending import Spent, dollars
 from experiments.background import AnyHost, BackgroundRun
@@ -109,6 +110,8 @@ def experiment_tab(experiment: Experiment, host: AnyHost, sessions: Sessions) ->
             with gr.Row():
                 for setting in others[begin : begin + 3]:
                     controls[setting.name] = build_control(setting, name)
+        if isinstance(host, RentedHost):
+            gr.HTML(partial(prices_html, host), padding=False, elem_id=f"{name}-prices")  # asked anew with each page
     with gr.Row(equal_height=True):
         recorded = gr.Dropdown(
             _choices(sessions, name), value=None, label="A run made earlier", scale=5, elem_id=f"{name}-recorded"
@@ -164,6 +167,24 @@ def experiment_tab(experiment: Experiment, host: AnyHost, sessions: Sessions) ->
     )
     stop.click(on_stop, None, stop, queue=False, show_progress="hidden", api_visibility="private")
     return tab
+
+
+async def prices_html(host: RentedHost) -> str:
+    """What each GPU costs, alone and with the cores and the memory that come with it."""
+    rates, machine = await host.rates(), host.cloud.machine
+    rows = []
+    for choice in GPU_CHOICES:
+        alone = rates.dollars_per_second(choice.exactly, 1, 0, 0)
+        whole = rates.dollars_per_second(choice.exactly, 1, machine.cores, machine.gibibytes)
+        told = [dollars(None if price is None else price * 3600) for price in (alone, whole)]
+        rows.append(f"<tr><td>{choice.name}</td><td>{told[0]}</td><td>{told[1]}</td></tr>")
+    size = f"with {machine.cores:g} cores and {machine.gibibytes:g} GiB"
+    return (
+        "<details class='prices'><summary>What each GPU costs per hour</summary><table class='results'><thead><tr>"
+        f"<th scope='col'>GPU</th><th scope='col'>alone</th><th scope='col'>{size}</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table><p>{escape(rates.source)}. Billed by the second, starts included.</p>"
+        "</details>"
+    )
 
 
 def build_control(setting: Setting, tab: str) -> Any:

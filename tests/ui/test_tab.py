@@ -16,16 +16,28 @@ import gradio as gr
 import pytest
 
 from engines.base import Engine, EngineConfig, EngineError
+from engines.cloud import GPU_CHOICES
 from engines.local import LocalHost
+from engines.rented import RentedHost
 from engines.scripted import Script, scripted_engine
 from experiments.base import LENGTH_KIND
 from experiments.baseline import EXPERIMENT
+from experiments.rehearsal import RehearsalCloud
 from experiments.report import headline
 from experiments.result import ExperimentResult
 from tests.conftest import MACHINE, wait_until
 from tests.experiments.test_result import result_of
 from ui.session import Sessions
-from ui.tab import Tab, experiment_tab, opening_frame, problem_html, read_plan, run_in_tab, table_html
+from ui.tab import (
+    Tab,
+    experiment_tab,
+    opening_frame,
+    prices_html,
+    problem_html,
+    read_plan,
+    run_in_tab,
+    table_html,
+)
 
 Frame = dict[Any, Any]
 MakeEngine = Callable[..., Engine]
@@ -301,3 +313,12 @@ def test_the_commands_that_served_the_engines_are_shown() -> None:
     result = result_of(quick=[100.0])
     served = replace(result.engines[0], command="vllm serve model --port 8000")
     assert "<pre>vllm serve model --port 8000</pre>" in table_html(replace(result, engines=(served,)))
+
+
+def test_the_price_table_names_every_gpu_with_its_source() -> None:
+    shown = asyncio.run(prices_html(RentedHost(RehearsalCloud(), [])))
+
+    assert all(f"<td>{choice.name}</td>" in shown for choice in GPU_CHOICES)
+    # An L4 alone, and with 4 cores and 32 GiB: 0.80 + 4 * 0.0000131 * 3600 + 32 * 0.00000222 * 3600 = 1.2444
+    assert "<td>L4</td><td>$0.80</td><td>$1.24</td>" in shown
+    assert "list prices of" in shown and "–" not in shown

@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 run: $(VENV)/.app
 	exec $(BIN)/python app.py $(ARGS)
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+# Two at a time where nothing else needs the cores; then the browser and the real engines, one after the other.
+test: quick
+	$(BIN)/python -m pytest -m "browser or engines" $(ARGS)
 
 quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser and not engines" $(ARGS)

@@ -132,6 +132,24 @@ def drawn_csv(figure: plotly.graph_objects.Figure) -> bytes:
     return out.getvalue().encode()
 
 
+def drawn_points(figure: plotly.graph_objects.Figure) -> Iterator[tuple[str, str, list[tuple[Any, Any]]]]:
+    """Of the first panel: each visible series' name, its kind ("bar", "scatter") and its points (x, y)."""
+    for trace in figure.data:
+        told = trace.to_plotly_json()
+        if told.get("visible", True) is True and _panel(told.get("yaxis")) == "1":
+            x, y = _values(told.get("x")), _values(told.get("y"))
+            yield str(told.get("name") or ""), trace.type, list(zip(x, y, strict=False))
+
+
+def commands_text(result: ExperimentResult) -> str:
+    """The exact command that served each contender, for a terminal; above it what it is and needs."""
+    told = []
+    for row in result.engines:
+        if row.command:
+            told.append(f"# {row.title}{f' {row.version}' if row.version else ''}\n{row.command}\n")
+    return "\n".join(told)
+
+
 def _points(trace: Mapping[str, Any], stack: dict[tuple[Any, ...], float] | None) -> Iterator[tuple[Any, ...]]:
     """A trace's points as in DRAWN_COLUMNS; none of a hidden trace. `stack`: where the bars end on which the next ones
     stand, by axes and place; None for a trace that is not stacked."""

@@ -182,7 +182,16 @@ class Server:
                         return True
             except psutil.Error:
                 continue  # it ended, or is not ours to look into
-        return False
+        return self._nobody_is_seen_listening()
+
+    def _nobody_is_seen_listening(self) -> bool:
+        """Somebody has answered at the port; where the system shows nobody there at all (a sandbox that keeps its table
+        of sockets to itself), it cannot show another program either, and the answer must do."""
+        try:
+            seen = psutil.net_connections(kind="tcp")
+        except psutil.Error:
+            return False
+        return not any(one.status == psutil.CONN_LISTEN and one.laddr.port == self.config.port for one in seen)
 
     def _death(self) -> EngineError:
         code = self._process.wait()

@@ -298,3 +298,15 @@ def test_who_waits_for_a_server_that_is_stopped_is_told_so(serve: Serve) -> None
     server = serve(program(SLEEP))
     threading.Timer(0.1, server.stop).start()
     assert failure(server).message == "Own was stopped while it started."
+
+
+def test_where_the_system_shows_nobody_s_sockets_an_answer_must_do(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil.Process, "net_connections", lambda self, kind: [])
+    monkeypatch.setattr(psutil, "net_connections", lambda kind: [])
+    server = serve(program(HEALTHY))
+
+    server.wait_until_ready(20)
+
+    assert server.running()

@@ -34,6 +34,9 @@ OPT = "/opt/bakeoff"  # where the image holds the engine's environment
 WEIGHTS, COMPILED, RESULTS = "/cache/weights", "/cache/compiled", "/cache/results"
 RUN_SECONDS = 3600  # the longest that one contender may take, its start included
 START_SECONDS = 900
+# A page that stays open holds a stream open; Modal ends it with its function's time, not with the 150 s in which an
+# answer must begin (github.com/modal-labs/modal-client/issues/2752: seen to end after the function's hour).
+PAGE_SECONDS = 24 * 3600
 PARTS = ("engines", "experiments", "demo_model")
 PAGE_PARTS = (*PARTS, "ui", "recordings")
 IGNORED = ["**/__pycache__/**", "**/*.pyc"]
@@ -186,7 +189,7 @@ for one in ENGINES:
     secrets=[budgets],
     cpu=2.0,
     memory=2048,
-    timeout=RUN_SECONDS,
+    timeout=PAGE_SECONDS,
     scaledown_window=300,
     max_containers=1,  # visitors of one page must meet in one process
 )

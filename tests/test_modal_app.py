@@ -107,6 +107,7 @@ def test_the_page_is_one_container_for_many_visitors_and_has_no_gpu(deployed: tu
 
     assert page.autoscaler_settings.max_containers == 1
     assert page.max_concurrent_inputs == 1000
+    assert page.timeout_secs == 24 * 3600  # an open page's stream lives as long as that
     assert page.webhook_config.type == api_pb2.WEBHOOK_TYPE_ASGI_APP
     assert not page.webhook_config.requires_proxy_auth  # a public page: its budgets guard it
     assert not page.resources.gpu_config.count

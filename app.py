@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from demo_model.bundled import default_model, draft_model, model_label, model_no
 from engines import ENGINES, engine_named
 from engines.base import Engine, EngineError
 from engines.environments import CACHE_VARIABLE
+from engines.load import SILENCE_SECONDS
 from engines.local import LocalHost
 from engines.spending import Limits
 
@@ -22,10 +24,17 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from engines.rented import RentedHost
+    from engines.url_host import UrlHost
+    from ui.public import PublicRules
 
-HOSTS = ("local", "modal", "rehearsal")
+HOSTS = ("local", "modal", "rehearsal", "url")
 HOST_VARIABLE = "BAKEOFF_HOST"
 BUDGET_VARIABLES = ("BAKEOFF_BUDGET_RUN", "BAKEOFF_BUDGET_VISITOR", "BAKEOFF_BUDGET_DAY")
+
+# Seconds for which one thread may keep the others waiting; drawing a chart must not hold up fifty streams.
+THREAD_TURN_SECONDS = 0.0005
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 log = logging.getLogger("bakeoff")
 
@@ -39,35 +48,44 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: asked_to_end.set())
     try:
-        host = make_host(options)
+        rules = read_rules(options.public)
+        host = make_host(options, rules)
     except (EngineError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
+    sys.setswitchinterval(THREAD_TURN_SECONDS)
     host.open()  # first, so that engines install while the page's own libraries load
     try:
         # Here, because importing Gradio takes seconds, which the engines put to use.
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         from experiments.library import RECORDINGS
-        from ui.page import add_assets, build_app
+        from ui.page import add_assets, build_app, largest_upload, middleware
+        from ui.public import Tally
+        from ui.sharing import Previews
         from ui.theme import css, head, theme
 
         recordings = Path(options.recordings) if options.recordings else RECORDINGS
-        page = build_app(host, recordings)
+        tally = Tally(host.cache) if rules else None
+        page = build_app(host, recordings, rules, tally)
+        previews = Previews(host.cache / "results", recordings)
         server, url, _ = page.queue(default_concurrency_limit=None).launch(
             server_name=options.listen,
             server_port=options.port,
             share=options.share,
             inbrowser=options.open_browser,
             prevent_thread_lock=True,
-            allowed_paths=[str(host.cache / "results")],
+            max_threads=page.max_threads,
+            state_session_capacity=page.state_session_capacity,
+            max_file_size=largest_upload(rules),
             quiet=True,
             ssr_mode=False,
             footer_links=[],
             theme=theme(),
             css=css(),
             head=head(),
+            app_kwargs={"middleware": middleware(previews, rules, tally)},
         )
-        add_assets(server, host.cache / "results", recordings)
+        add_assets(server, host.cache / "results", recordings, previews)
         host.watch_pages()
         print(f"\nThe page is up: {url}   (Ctrl-C ends it and its engines)\n", flush=True)
         asked_to_end.wait()
@@ -81,14 +99,24 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+class _Printable(logging.Formatter):
+    """An engine's words reach the terminal as text: what would move its cursor or name its window is written out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return CONTROLS.sub(lambda found: repr(found.group())[1:-1], super().format(record))
+
+
 def start_logging() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for talkative in ("httpx", "httpx2"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
 
 
-def make_host(options: argparse.Namespace) -> LocalHost | RentedHost:
-    """Where the engines run. Raises EngineError and ValueError for options that cannot be."""
+def make_host(options: argparse.Namespace, rules: PublicRules | None = None) -> LocalHost | RentedHost | UrlHost:
+    """Where the engines run. `rules`: of a page that is open to all. Raises EngineError and ValueError for options that
+    cannot be."""
     if options.host == "local":
         model = str(options.model or default_model())
         draft = options.draft_model or draft_model(model)
@@ -100,7 +128,12 @@ def make_host(options: argparse.Namespace) -> LocalHost | RentedHost:
             str(draft) if draft else None,
             tensor_parallel=options.gpus,
             replicas=options.replicas,
+            silence_seconds=options.silence,
         )
+    if options.host == "url":
+        from engines.url_host import UrlHost
+
+        return UrlHost(public=rules is not None, allowed=rules.url_hosts if rules else None)
     return rented_host(
         options.host,
         _chosen_engines(options),
@@ -128,7 +161,14 @@ def hosted_on_modal() -> FastAPI:
     host = rented_host("modal", ENGINES, "", Limits(*map(_dollars, BUDGET_VARIABLES)))
     from ui.page import mounted
 
-    return mounted(host)
+    return mounted(host, rules=read_rules(hosted=True))
+
+
+def read_rules(asked: bool = False, hosted: bool = False) -> PublicRules | None:
+    """What a page that is open to everybody allows; None for a page of one's own. Raises ValueError."""
+    from ui.public import public_rules
+
+    return public_rules(asked, hosted=hosted)
 
 
 def _dollars(variable: str) -> float | None:
@@ -140,6 +180,13 @@ def _dollars(variable: str) -> float | None:
         return float(value)
     except ValueError:
         raise ValueError(f"{variable} must be a number of dollars, not {value!r}.") from None
+
+
+def _positive(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError  # which argparse tells
+    return seconds
 
 
 def _chosen_engines(options: argparse.Namespace) -> tuple[Engine, ...]:
@@ -160,12 +207,21 @@ def _parser() -> argparse.ArgumentParser:
         "--host",
         choices=HOSTS,
         default=os.environ.get(HOST_VARIABLE, "local"),
-        help="where the engines run: on this machine, on GPUs rented from Modal, or a rehearsal of the latter that "
-        f"replays recordings, needs no account and costs nothing (also the variable {HOST_VARIABLE})",
+        help="where the engines run: on this machine, on GPUs rented from Modal, a rehearsal of the latter that "
+        "replays recordings, needs no account and costs nothing, or servers that you name on the page (url) "
+        f"(also the variable {HOST_VARIABLE})",
     )
     parser.add_argument("--model", help="a model's folder or its id on the model hub; the bundled one when left out")
     parser.add_argument("--draft-model", help="the draft model for speculation; the bundled model brings its own")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine that compute each token together")
+    parser.add_argument(
+        "--silence",
+        type=_positive,
+        default=SILENCE_SECONDS,
+        metavar="SECONDS",
+        help="without a byte of an answer after which an engine of this machine has failed (%(default)g; a long prompt "
+        "on a slow machine needs it)",
+    )
     parser.add_argument("--replicas", type=int, default=1, help="copies of the model, each on GPUs of its own")
     budgets = zip(BUDGET_VARIABLES, ("one run", "one visitor per day", "all visitors per day"), strict=True)
     for variable, whose in budgets:
@@ -176,6 +232,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DOLLARS",
             help=f"the most that {whose} may spend on rented GPUs (also the variable {variable})",
         )
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="open to everybody: one line, limits for each visitor, no files, an owner with a token "
+        "(also the variable BAKEOFF_PUBLIC; on in a Hugging Face Space and on Modal)",
+    )
     parser.add_argument("--rehearsal-speed", type=float, default=1.0, help="of a rehearsal; 1: as it was recorded")
     parser.add_argument(
         "--cache", help=f"folder for environments, models and logs (also the variable {CACHE_VARIABLE})"

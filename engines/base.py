@@ -180,6 +180,7 @@ class Engine:
     wake_path: str = ""  # POST there fills it again
     requirements: Mapping[Device, str] = field(default_factory=dict)  # empty: runs in the app's own environment
     install_gib: float = 0.0  # disk that the installed environment takes, for the check before installing
+    as_it_is: bool = False  # somebody else's server: nothing about it can be switched or emptied from here
 
     def package_for(self, device: Device) -> str:
         return self.package if isinstance(self.package, str) else self.package[device]

@@ -7,17 +7,36 @@ same clock, as its bytes are read.
 from __future__ import annotations
 
 import contextlib
+import ssl
 from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING
 
 from engines.base import EngineError, Request, SpeculationCounters
-from engines.openai_stream import ERROR_CHARACTERS, Endpoint
+from engines.openai_stream import ERROR_CHARACTERS, Endpoint, without_key
 
 if TYPE_CHECKING:
+    import httpx2
     import openai
 
 SILENCE_LIMIT_SECONDS = 600.0  # a long prefill sends nothing for minutes
 CONNECT_LIMIT_SECONDS = 10.0
+
+
+def http_client(address: str, timeout: httpx2.Timeout) -> httpx2.AsyncClient:
+    """A client that takes no proxy and follows nobody elsewhere. `address`: the IP address that it connects to whatever
+    the URL's name leads to; the name is still what the certificate must say. Empty: as the name says."""
+    import httpx2  # here: loading it and openai takes half a second, which not every run needs
+
+    class Fixed(httpx2.AsyncHTTPTransport):
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            if address:
+                request.extensions = {**request.extensions, "sni_hostname": request.url.host}
+                request.url = request.url.copy_with(host=address)
+            return await super().handle_async_request(request)
+
+    trusted = ssl.create_default_context()  # as the load generator trusts, and not what a package brings along
+    # A proxy between us and a server on this machine would be in the way.
+    return httpx2.AsyncClient(timeout=timeout, trust_env=False, transport=Fixed(verify=trusted, trust_env=False))
 
 
 class EngineClient:
@@ -37,17 +56,16 @@ class EngineClient:
     @property
     def _client(self) -> openai.AsyncOpenAI:
         if self._made is None:
-            import httpx2  # here: loading it and openai takes half a second, which not every run needs
+            import httpx2
             import openai
 
             timeout = httpx2.Timeout(SILENCE_LIMIT_SECONDS, connect=CONNECT_LIMIT_SECONDS)
             self._made = openai.AsyncOpenAI(
                 base_url=f"{self.endpoint.base_url}/v1",
-                api_key="none",
+                api_key=self.endpoint.key or "none",
                 max_retries=0,  # a second attempt would hide the first one's failure
                 timeout=timeout,
-                # A proxy between us and a server on this machine would be in the way.
-                http_client=httpx2.AsyncClient(timeout=timeout, trust_env=False),
+                http_client=http_client(self.endpoint.address, timeout),
             )
         return self._made
 
@@ -92,7 +110,7 @@ class EngineClient:
         try:
             yield
         except openai.APIStatusError as failure:
-            said = failure.response.text[:ERROR_CHARACTERS]
+            said = without_key(failure.response.text, self.endpoint.key)[:ERROR_CHARACTERS]
             raise EngineError(f"{label} refused {what} with HTTP {failure.status_code}: {said}") from failure
         # The package's time-outs are connection errors too, so they come first.
         except (openai.APITimeoutError, httpx2.ReadTimeout) as failure:
@@ -102,6 +120,8 @@ class EngineClient:
         except openai.APIConnectionError as failure:
             if isinstance(failure.__cause__, httpx2.ConnectError):
                 raise EngineError(f"{label} cannot be reached at {self.endpoint.base_url}.") from failure
-            raise EngineError(f"{label} broke off the answer: {failure.__cause__ or failure}.") from failure
+            said = without_key(str(failure.__cause__ or failure), self.endpoint.key)
+            raise EngineError(f"{label} broke off the answer: {said}.") from failure
         except httpx2.HTTPError as failure:
-            raise EngineError(f"{label} broke off the answer: {failure or type(failure).__name__}.") from failure
+            said = without_key(str(failure), self.endpoint.key)
+            raise EngineError(f"{label} broke off the answer: {said or type(failure).__name__}.") from failure

@@ -21,6 +21,7 @@ SO_TIMESTAMPNS = 35  # asm-generic/socket.h; Python's socket module does not nam
 TIMESPEC = struct.Struct("qq")
 STAMP_BYTES = socket.CMSG_SPACE(TIMESPEC.size) if hasattr(socket, "CMSG_SPACE") else 0
 NANOSECONDS = 1e-9
+STEP_SECONDS = 0.02  # a clock that is only slewed gains a millisecond in two seconds at most
 LONGEST_DELAY = 60.0  # s between a packet and our reading it; a stamp older than that is of another clock
 
 
@@ -38,14 +39,16 @@ def stamp_arrivals(connection: socket.socket) -> bool:
 class WallOffset:
     """What the wall clock shows minus the monotonic clock, in seconds.
 
-    It is read anew each time: the wall clock may be set while a request runs. A stamp that was made before such a step
-    and read after it comes out outside of what is possible, and is not used.
+    It is read anew each time: the wall clock may be set while a request runs. Stamps that are read just after such a
+    step may have been made before it, and are not used (`steady` is then False).
     """
 
-    __slots__ = ("seconds",)
+    __slots__ = ("seconds", "steady")
 
     def __init__(self) -> None:
+        self.seconds = 0.0
         self.read()
+        self.steady = True
 
     def read(self) -> None:
         before = time.perf_counter()
@@ -55,7 +58,9 @@ class WallOffset:
             before = time.perf_counter()
             wall = time.time_ns()
             after = time.perf_counter()
-        self.seconds = wall * NANOSECONDS - (before + after) / 2
+        seconds = wall * NANOSECONDS - (before + after) / 2
+        self.steady = abs(seconds - self.seconds) < STEP_SECONDS
+        self.seconds = seconds
 
 
 def receive(connection: socket.socket, size: int, offset: WallOffset) -> tuple[bytes, float, float | None]:
@@ -67,7 +72,7 @@ def receive(connection: socket.socket, size: int, offset: WallOffset) -> tuple[b
         if kind == SO_TIMESTAMPNS and len(value) == TIMESPEC.size:
             seconds, nanoseconds = TIMESPEC.unpack(value)
             at = seconds - offset.seconds + nanoseconds * NANOSECONDS
-            if 0.0 <= now - at < LONGEST_DELAY:
+            if offset.steady and 0.0 <= now - at < LONGEST_DELAY:
                 return data, at, now - at
     return data, now, None
 

@@ -15,6 +15,7 @@ import psutil
 from engines.base import Device
 
 GIB = 1 << 30
+UNKNOWN_WORDS = "hardware not known: somebody else's server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class Hardware:
         count = f"{self.gpu_count} x " if self.gpu_count > 1 else ""
         memory = "" if self.gpu_memory_gib is None else f" ({self.gpu_memory_gib:.0f} GiB)"
         return f"{count}{self.gpu}{memory}, {machine}"
+
+
+def hardware_words(hardware: Hardware | None) -> str:
+    """None: of a server that is not ours."""
+    return hardware.words if hardware else UNKNOWN_WORDS
 
 
 @cache

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from engines.base import EngineError, Request
 from engines.load_process import BYTES, LENGTH, SENT
-from engines.openai_stream import ERROR_CHARACTERS, ChatStreamParser, Endpoint
+from engines.openai_stream import ERROR_CHARACTERS, ChatStreamParser, Endpoint, without_key
 from engines.timeline import Arrival, Timeline, TimelineBuilder
 
 PROJECT = Path(__file__).parent.parent
@@ -75,6 +75,7 @@ class LoadGenerator:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-S", "-m", "engines.load_process", host, str(port), address.scheme, str(self.silence_seconds)),
+            *([self.endpoint.address] if self.endpoint.address else []),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -126,7 +127,7 @@ class LoadGenerator:
                     kind, number = event[0], event[1]
                     if kind == SENT:
                         _, _, index, planned, sent = event
-                        streams[number] = _Stream(index, sent)
+                        streams[number] = _Stream(index, sent, self.endpoint.key)
                         on_sent(index)
                     elif kind == BYTES:
                         stream = streams[number]
@@ -146,13 +147,14 @@ class LoadGenerator:
         return events
 
     def _payload(self, request: Request) -> bytes:
-        """The whole HTTP request, ready to be sent."""
+        """The whole HTTP request, ready to be sent; it reaches the process through a pipe, where nobody else reads."""
         address = urlsplit(self.endpoint.base_url)
         body = json.dumps(self.endpoint.body(request)).encode()
+        allowed = f"Authorization: Bearer {self.endpoint.key}\r\n" if self.endpoint.key else ""
         head = (
             f"POST {address.path.rstrip('/')}/v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\n"
             "Content-Type: application/json\r\nAccept: text/event-stream\r\nUser-Agent: llm-inference-bake-off\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
+            f"{allowed}Content-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body
 
@@ -164,6 +166,7 @@ class LoadGenerator:
         error = self._error(kind, reason)
         if status not in (None, 200):
             said = stream.beginning.decode(errors="replace") if stream else ""
+            said = without_key(said, self.endpoint.key)[:ERROR_CHARACTERS]
             error = f"{self.endpoint.engine.label} refused the request with HTTP {status}: {said}"
         timeline = builder.finish(at, error, self.origin)
         return Answered(index, planned - self.origin, timeline)
@@ -174,7 +177,7 @@ class LoadGenerator:
             return f"{label} cannot be reached at {self.endpoint.base_url}: {reason}."
         if kind == "silent":
             return f"{label} sent nothing for {reason} s."
-        return f"{label} broke off the answer: {reason}." if kind else None
+        return f"{label} broke off the answer: {without_key(reason, self.endpoint.key)}." if kind else None
 
     async def _last_words(self, process: asyncio.subprocess.Process) -> str:
         assert process.stderr is not None
@@ -186,14 +189,15 @@ class LoadGenerator:
 class _Stream:
     """A request under way: what has come of its answer."""
 
-    __slots__ = ("beginning", "builder", "index")
+    __slots__ = ("_kept", "beginning", "builder", "index")
 
-    def __init__(self, index: int, sent: float) -> None:
+    def __init__(self, index: int, sent: float, key: str = "") -> None:
         self.index = index
-        self.builder = TimelineBuilder(sent, ChatStreamParser())
+        self.builder = TimelineBuilder(sent, ChatStreamParser(key))
         self.beginning = b""  # of the body, for the words of a refusal
+        self._kept = ERROR_CHARACTERS + 6 * len(key)  # so that a key at the cut is whole, however it is written
 
     def read(self, at: float, data: bytes) -> list[Arrival]:
-        if len(self.beginning) < ERROR_CHARACTERS:
-            self.beginning = (self.beginning + data)[:ERROR_CHARACTERS]
+        if len(self.beginning) < self._kept:
+            self.beginning = (self.beginning + data)[: self._kept]
         return self.builder.feed(at, data)

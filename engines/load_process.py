@@ -88,9 +88,10 @@ class Ask:
 class Generator:
     """Serves one order after the other: `{"requests": [(offset, payload), ...], "seconds": None or float}`."""
 
-    def __init__(self, host: str, port: int, tls: bool, silence_seconds: float) -> None:
+    def __init__(self, host: str, port: int, tls: bool, silence_seconds: float, address: str = "") -> None:
         self.selector = selectors.DefaultSelector()
         self.host, self.port, self.silence_seconds = host, port, silence_seconds
+        self.address = address or host  # an IP address stays what somebody has looked at and allowed
         self.look_seconds = min(1.0, silence_seconds / 4)
         self.context = ssl.create_default_context() if tls else None
         self.idle: list[Connection] = []
@@ -182,7 +183,7 @@ class Generator:
         self.next_ship = self.wall + SHIP_SECONDS
         gc.disable()
         try:
-            self.addresses = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            self.addresses = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_STREAM)
         except OSError:
             self.addresses = []
         # Every request that is due at once has its open connection before the clock starts.
@@ -517,9 +518,9 @@ def _quantile(ordered: list[float], share: float) -> float:
 
 def main() -> None:
     be_punctual()
-    host, port, scheme, silence = sys.argv[1:]
+    host, port, scheme, silence, *address = sys.argv[1:]
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
-        Generator(host, int(port), scheme == "https", float(silence)).serve()
+        Generator(host, int(port), scheme == "https", float(silence), *address).serve()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from engines.base import Engine, EngineConfig, EngineError, EngineStopped
 from engines.clock import monotonic_clock
 from engines.environments import Environment, cache_folder
 from engines.hardware import Hardware, this_machine
+from engines.load import SILENCE_SECONDS
 from engines.model_shape import ModelShape, has_prediction_head, read_shape
 from engines.openai_stream import Endpoint
 from engines.server import PhaseTime, Server, free_port
@@ -54,16 +55,30 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedElsewhere:
+    """All that is known of how somebody else's server serves: where, of what kind it is, and which model was asked."""
+
+    url: str
+    preset: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class Serving:
-    """An engine that answers: where, and everything a result must say about it."""
+    """An engine that answers: where, and everything a result must say about it.
+
+    `network_seconds`: there and back to a server that is not on this machine or may not be; None where it is ours.
+    """
 
     endpoint: Endpoint
-    config: EngineConfig
+    config: EngineConfig | ServedElsewhere
     command: str
     version: str | None
     installed: dict[str, str]
     phases: tuple[PhaseTime, ...]
     caveat: str | None
+    network_seconds: float | None = None
+    silence_seconds: float = SILENCE_SECONDS  # without a byte of an answer, after which it has failed
 
 
 class _Slot:
@@ -87,6 +102,7 @@ class LocalHost:
 
     name = "local"
     label = "this machine"
+    said: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -103,6 +119,7 @@ class LocalHost:
         tensor_parallel: int = 1,
         replicas: int = 1,
         can_sleep: bool = False,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         self.engines = tuple(engines)
         self.model = model
@@ -113,6 +130,7 @@ class LocalHost:
         self.hardware = hardware or this_machine()
         self.resident_together = self.hardware.device == "cpu"
         self.tensor_parallel, self.replicas, self._can_sleep = tensor_parallel, replicas, can_sleep
+        self.silence_seconds = silence_seconds
         self._fixed_port = port
         # Where only one engine fits, one gate for all: an engine that is stopped for another cannot be starting too.
         shared = threading.RLock()
@@ -244,6 +262,7 @@ class LocalHost:
                 installed=environment.installed() if slot.engine.requirements else {},
                 phases=tuple(server.phases),
                 caveat=slot.engine.caveat(server.config),
+                silence_seconds=self.silence_seconds,
             )
 
     @contextlib.contextmanager

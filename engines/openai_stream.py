@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from engines.base import Chunk, Engine, Request, SpeculationCounters, Usage
 
 ERROR_CHARACTERS = 500
+KEY_COVER = "[key]"
+SHORTEST_KEY = 8  # characters; a shorter one ("none", "EMPTY") is a word that answers may hold, and no secret
 
 
 class ChatStreamParser:
-    """Feeds on blocks of bytes cut anywhere, gives whole chunks. One parser per request."""
+    """Feeds on blocks of bytes cut anywhere, gives whole chunks. One parser per request.
 
-    def __init__(self) -> None:
+    `key`: what the request was allowed with; a server that repeats it does not get it shown.
+    """
+
+    def __init__(self, key: str = "") -> None:
         self._rest = b""
+        self._key = key
 
     def feed(self, block: bytes) -> list[Chunk]:
         *lines, self._rest = (self._rest + block).split(b"\n")
@@ -25,36 +32,51 @@ class ChatStreamParser:
             if payload.startswith(b"data:"):
                 payload = payload[5:].strip()
                 if payload and payload != b"[DONE]":
-                    chunks.append(parse_chunk(payload))
+                    chunks.append(parse_chunk(payload, self._key))
         return chunks
 
 
-def parse_chunk(payload: bytes) -> Chunk:
+def without_key(text: str, key: str) -> str:
+    """The text with every appearance of the key covered, also where JSON or a URL writes it another way."""
+    if not key:
+        return text
+    for written in {key, json.dumps(key)[1:-1], key.replace("/", "\\/"), quote(key, safe="")}:
+        text = text.replace(written, KEY_COVER)
+    return text
+
+
+def parse_chunk(payload: bytes, key: str = "") -> Chunk:
     """One event's JSON. What is no chunk (an error object, broken JSON) becomes a chunk that carries an error."""
     try:
         event = json.loads(payload)
     except ValueError:
-        return Chunk(error=f"The engine sent something that is not JSON: {payload[:120].decode(errors='replace')}")
+        said = without_key(payload.decode(errors="replace"), key)[:120]  # covered first: a cut key is no match
+        return Chunk(error=f"The engine sent something that is not JSON: {said}")
     if not isinstance(event, dict):
         return Chunk(error="The engine sent an event that is not an object.")
     if event.get("error") is not None:
-        return Chunk(error=f"The engine reported an error: {_error_text(event['error'])}")
+        return Chunk(error=f"The engine reported an error: {_error_text(event['error'], key)}")
     usage = _usage(event)
     choices = event.get("choices") or []
     if not choices:  # the closing usage comes without choices
         return Chunk(usage=usage)
     delta = choices[0].get("delta") or {}
+    text, reasoning = delta.get("content") or "", delta.get("reasoning") or delta.get("reasoning_content") or ""
+    ended = choices[0].get("finish_reason")
+    if len(key) >= SHORTEST_KEY:
+        text, reasoning = without_key(text, key), without_key(reasoning, key)
+        ended = without_key(ended, key) if ended else ended
     return Chunk(
-        text=delta.get("content") or "",
-        # vLLM calls it reasoning, SGLang reasoning_content.
-        reasoning=delta.get("reasoning") or delta.get("reasoning_content") or "",
+        text=text,
+        reasoning=reasoning,  # vLLM calls it reasoning, SGLang reasoning_content
         usage=usage,
-        finish_reason=choices[0].get("finish_reason"),
+        finish_reason=ended,
     )
 
 
 def _usage(event: dict[str, Any]) -> Usage | None:
-    value, speculation = event.get("usage"), _speculation(event.get("sglext"))
+    value = event.get("usage")
+    speculation = _speculation(event.get("sglext")) or _drafted(event.get("timings"))
     if not isinstance(value, dict):
         return Usage(speculation=speculation) if speculation else None
     details = value.get("prompt_tokens_details") or {}
@@ -75,18 +97,31 @@ def _speculation(extension: Any) -> SpeculationCounters | None:
     )
 
 
-def _error_text(value: Any) -> str:
+def _drafted(timings: Any) -> SpeculationCounters | None:
+    """llama.cpp's own count of one request, in the timings of its last chunk where a draft model took part."""
+    if not isinstance(timings, dict) or not isinstance(timings.get("draft_n"), int):
+        return None
+    return SpeculationCounters(drafted=timings["draft_n"], accepted=int(timings.get("draft_n_accepted") or 0))
+
+
+def _error_text(value: Any, key: str) -> str:
     text = value.get("message") if isinstance(value, dict) else value
-    return str(text)[:ERROR_CHARACTERS]
+    return without_key(str(text), key)[:ERROR_CHARACTERS]
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a running engine answers: `base_url` without /v1, and the model id that its requests name."""
+    """Where a running engine answers: `base_url` without /v1, and the model id that its requests name.
+
+    `key`: what its owner wants to see with each request. `address`: the IP address to connect to, where the name in
+    the URL must not be looked up again; empty: whatever the name leads to.
+    """
 
     engine: Engine
     base_url: str
     model: str
+    key: str = field(default="", repr=False)
+    address: str = ""
 
     def body(self, request: Request) -> dict[str, Any]:
         return {

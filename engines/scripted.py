@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
+import struct
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
@@ -25,13 +27,18 @@ Fault = Literal[
     "",
     "exit at start",
     "never ready",
+    "http 429",
     "http 500",
+    "http 503",
     "exit in mid-stream",
     "close in mid-stream",
+    "half a chunk",
+    "reset",
     "not json",
     "error event",
     "no tokens",
     "hang",
+    "key in the answer",
 ]
 TEXT = "An engine that follows its script writes these words again and again ."
 TEMPLATE_TOKENS = 6  # that the chat template adds to the prompt's words
@@ -56,6 +63,10 @@ class Script:
     accepted: tuple[int, ...] = (1, 0, 2)  # draft tokens accepted, step by step, again and again
     fault: Fault = ""
     fault_after_tokens: int = 8
+    fault_requests: int = 0  # after which the fault is over; 0: never
+    key: str = ""  # that requests must carry; one that does not is refused with the one it carried
+    models: tuple[str, ...] = ("scripted",)  # that it says it serves
+    refused_above: int = 0  # requests at a time, from which on others get HTTP 429; 0: none
 
 
 def scripted_engine(name: str, label: str, colour: str, script: Script) -> Engine:
@@ -101,22 +112,57 @@ class _Server:
         self.room = asyncio.Semaphore(script.at_once or 1_000_000)
         self.prefixes: list[list[str]] = []
         self.counted = SpeculationCounters()
+        self.under_way = self.asked = 0
+        self.given = ""
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        script = self.script
-        if script.fault == "http 500":
-            return web.json_response({"error": {"message": "the script says so"}}, status=500)
+        if refusal := self._refusal(request):
+            return refusal
+        fault = self.fault
+        self.asked += 1
+        if fault.startswith("http "):
+            said = {"error": {"message": "the script says so"}}
+            status = int(fault.removeprefix("http "))
+            later = {"Retry-After": "30"} if status in (429, 503) else {}
+            return web.json_response(said, status=status, headers=later)
+        self.under_way += 1
+        try:
+            return await self._answer(request, fault)
+        finally:
+            self.under_way -= 1
+
+    @property
+    def fault(self) -> Fault:
+        """The script's, until as many requests as it is for have come."""
+        over = self.script.fault_requests and self.asked >= self.script.fault_requests
+        return "" if over else self.script.fault
+
+    async def models(self, request: web.Request) -> web.Response:
+        listed = [{"id": model, "object": "model", "owned_by": "scripted"} for model in self.script.models]
+        return self._refusal(request) or web.json_response({"object": "list", "data": listed})
+
+    def _refusal(self, request: web.Request) -> web.Response | None:
+        """As thoughtless as real servers: it repeats what it was given."""
+        script, given = self.script, request.headers.get("Authorization", "")
+        if script.key and given != f"Bearer {script.key}":
+            said = f"Incorrect API key provided: {given.removeprefix('Bearer ')}."
+            return web.json_response({"error": {"message": said}}, status=401)
+        if script.refused_above and self.under_way >= script.refused_above:
+            return web.json_response({"error": {"message": "Too many requests at once."}}, status=429)
+        return None
+
+    async def _answer(self, request: web.Request, fault: Fault) -> web.StreamResponse:
         body = await request.json()
+        self.given = request.headers.get("Authorization", "")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         async with self.room:
-            async for line in self._events(body):
+            async for line in self._events(body, fault):
                 if line is None:
-                    if script.fault == "exit in mid-stream":
+                    if fault == "exit in mid-stream":
                         print("scripted: ending in mid-stream", flush=True)
                         os._exit(3)
-                    assert request.transport is not None
-                    request.transport.close()
+                    _cut(request, fault)
                     return response
                 await response.write(line)
         with contextlib.suppress(ConnectionError):
@@ -153,27 +199,29 @@ class _Server:
         self.counted = self.counted.plus(SpeculationCounters(1, self.draft_tokens, accepted, at))
         return accepted + 1
 
-    async def _events(self, body: dict[str, Any]) -> AsyncIterator[bytes | None]:
+    async def _events(self, body: dict[str, Any], fault: Fault) -> AsyncIterator[bytes | None]:
         """The answer's events; None where the connection is to be cut."""
         script, wanted = self.script, int(body["max_tokens"])
         yield _event({"role": "assistant", "content": ""})
         prompt = str(body["messages"][-1]["content"]).split()
         cached = self._from_cache(prompt)
         await asyncio.sleep(script.first_token + (len(prompt) - cached) * script.seconds_per_prompt_word)
-        words = script.text.split()
+        words = script.text.split(" ")
         sent = steps = 0
-        while sent < wanted and script.fault != "no tokens":
+        while sent < wanted and fault != "no tokens":
             count = min(self._step(steps), wanted - sent)
             steps += 1
             text = "".join(f" {words[(sent + place) % len(words)]}" for place in range(count))
-            if script.fault and sent >= script.fault_after_tokens:
-                if script.fault == "not json":
+            if fault and sent >= script.fault_after_tokens:
+                if fault == "not json":
                     yield b"data: {broken\n\n"
-                elif script.fault == "error event":
+                elif fault == "error event":
                     yield b'data: {"error": {"message": "out of cache blocks"}}\n\n'
-                elif script.fault == "hang":
+                elif fault == "key in the answer":
+                    text = f" {self.given}"
+                elif fault == "hang":
                     await asyncio.sleep(3600)
-                elif script.fault in ("exit in mid-stream", "close in mid-stream"):
+                elif fault in ("exit in mid-stream", "close in mid-stream", "half a chunk", "reset"):
                     yield None
                     return
             key = "reasoning_content" if sent < script.reasoning_tokens else "content"
@@ -187,6 +235,20 @@ class _Server:
             closing = {"choices": [], "usage": _usage(len(prompt), sent, cached)}
             yield b"data: " + json.dumps(closing).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+
+def _cut(request: web.Request, fault: Fault) -> None:
+    """End the connection in the middle of the answer, as the fault says."""
+    transport = request.transport
+    assert transport is not None
+    if fault == "half a chunk":
+        transport.write(b'80\r\ndata: {"choices": [{"ind')  # 128 bytes were promised
+    elif fault == "reset":
+        link = transport.get_extra_info("socket")
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+        return
+    transport.close()
 
 
 def _shared(prompt: list[str], earlier: list[str]) -> int:
@@ -222,6 +284,7 @@ async def _serve(port: int, server: _Server) -> None:
     application = web.Application()
     application.router.add_get("/health", health)
     application.router.add_get("/metrics", server.metrics)
+    application.router.add_get("/v1/models", server.models)
     application.router.add_post("/reset_prefix_cache", server.empty_caches)
     application.router.add_post("/v1/chat/completions", server.answer)
     print("scripted: loading weights", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from dataclasses import fields
@@ -14,10 +15,12 @@ from demo_model.bundled import default_model, draft_model, model_label, model_no
 from engines import ENGINES
 from engines.base import Engine, EngineError
 from engines.cloud import GPU_CHOICES
+from engines.compatible import PRESETS
 from engines.local import LocalHost
 from engines.modal_cloud import ModalCloud
 from engines.rented import RentedHost
 from engines.spending import Limits
+from engines.url_host import UrlHost
 from experiments import EXPERIMENTS
 from experiments.background import AnyHost, measure
 from experiments.base import Event, Experiment, Host, Plan, PlanError, RequestEnded, RunEnded, Setting, TrialStarted
@@ -27,6 +30,7 @@ from experiments.rented import Rent, RentedMachine, read_rent
 from experiments.report import text_table
 from experiments.result import ExperimentResult
 from experiments.resume import measured_already, measured_something
+from experiments.servers import MOST_SERVERS, POLITE_USERS, NamedServer, look_for_models, read_run, servers_of
 from experiments.wire import BUNDLED
 
 RENT_FIELDS = tuple(field.name for field in fields(Rent))
@@ -45,9 +49,16 @@ def main(
     signal.signal(signal.SIGTERM, _interrupt)
     names = tuple(dict.fromkeys(options.engine or [engine.name for engine in engines]))  # each once
     chosen = [experiment for experiment in experiments if options.experiment in (experiment.name, "all")]
+    plans: list[tuple[Experiment, Plan, Host]] = []
     try:
         host = _host(options, tuple(engine for engine in engines if engine.name in names))
-        plans = [(one, one.read_plan(names, vars(options)), _machine(one, host, options)) for one in chosen]
+        if isinstance(host, UrlHost):
+            servers = _servers(options)
+            if options.look:
+                return _look(servers)
+            plans += [(one, *read_run(one, host, servers, vars(options))) for one in chosen]
+        else:
+            plans += [(one, one.read_plan(names, vars(options)), _machine(one, host, options)) for one in chosen]
     except (PlanError, EngineError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -69,6 +80,8 @@ def main(
 
 def _host(options: argparse.Namespace, engines: tuple[Engine, ...]) -> AnyHost:
     """Where the engines run. Raises EngineError."""
+    if options.host == "url":
+        return UrlHost()
     if options.host != "local":
         cloud = RehearsalCloud() if options.host == "rehearsal" else ModalCloud()
         model = options.model or (BUNDLED if options.host == "rehearsal" else "")
@@ -86,7 +99,30 @@ def _host(options: argparse.Namespace, engines: tuple[Engine, ...]) -> AnyHost:
     )
 
 
-def _machine(experiment: Experiment, host: AnyHost, options: argparse.Namespace) -> Host:
+def _servers(options: argparse.Namespace) -> tuple[NamedServer, ...]:
+    """The servers that were named. A key is read from the environment: on a command line everybody could see it.
+    Raises PlanError."""
+    keys = {}
+    for named in options.key_variable or []:
+        name, _, variable = named.rpartition("=")
+        if not os.environ.get(variable):
+            raise PlanError("key_variable", f"The variable {variable} is not set, or empty.")
+        keys[name] = os.environ[variable]
+    return servers_of(options.server or [], options.model or "", options.server_model or [], keys, options.preset or [])
+
+
+def _look(servers: tuple[NamedServer, ...]) -> int:
+    """Say which models the servers have; 1 where one cannot be asked."""
+    code = 0
+    for server in servers:
+        looked = asyncio.run(look_for_models(server))
+        print(f"{server.title} ({server.url.base_url}): {looked.words}")
+        print("".join(f"  {model}\n" for model in looked.models), end="")
+        code = code or int(looked.problem)
+    return code
+
+
+def _machine(experiment: Experiment, host: LocalHost | RentedHost, options: argparse.Namespace) -> Host:
     """What this experiment runs on. Raises PlanError for what cannot be rented."""
     if not isinstance(host, RentedHost):
         return host
@@ -152,9 +188,10 @@ def _common_options(parser: argparse.ArgumentParser, engines: tuple[Engine, ...]
     )
     parser.add_argument(
         "--host",
-        choices=["local", "modal", "rehearsal"],
+        choices=["local", "modal", "rehearsal", "url"],
         default="local",
-        help="where the engines run: here, on GPUs rented from Modal, or a rehearsal of that with recordings",
+        help="where the engines run: here, on GPUs rented from Modal, a rehearsal of that with recordings, or servers "
+        "that are named by --server",
     )
     parser.add_argument("--model", help="a model's folder or its id on the hub; the bundled one when left out")
     parser.add_argument("--draft-model", help="a draft model's folder or id; the bundled one's own when left out")
@@ -166,6 +203,22 @@ def _common_options(parser: argparse.ArgumentParser, engines: tuple[Engine, ...]
     parser.add_argument("--keep", dest="keep_seconds", type=int, help="rented: seconds to keep idle containers; 0")
     parser.add_argument("--budget", type=float, help="rented: the most that an experiment may cost, in $; 1")
     parser.add_argument("--snapshot", action="store_true", help="rented: start engines from a picture of their memory")
+    parser.add_argument(
+        "--server", action="append", metavar="NAME=URL", help=f"url: a server; up to {MOST_SERVERS} times"
+    )
+    parser.add_argument(
+        "--server-model", action="append", metavar="NAME=MODEL", help="url: a server's model; else the only one"
+    )
+    kinds = ", ".join(preset.name for preset in PRESETS)
+    parser.add_argument("--preset", action="append", metavar="NAME=KIND", help=f"url: what a server is: {kinds}")
+    parser.add_argument(
+        "--key-variable",
+        action="append",
+        metavar="NAME=VARIABLE",
+        help="url: the variable of the environment that holds a server's key; without a name: the only server's",
+    )
+    parser.add_argument("--look", action="store_true", help="url: only say which models the servers have")
+    parser.add_argument("--most-users", type=int, help=f"url: users at once, at most; {POLITE_USERS}")
 
 
 def _add_setting(parser: argparse.ArgumentParser, setting: Setting) -> None:

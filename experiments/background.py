@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator
 
 from engines.local import LocalHost
 from engines.rented import RentedHost
+from engines.url_host import UrlHost
 from experiments.base import Contender, Emit, Event, Experiment, Host, Plan, RunEnded
 from experiments.rented import RentedMachine, run_rented
 from experiments.result import ExperimentResult
 from experiments.run import run
 
-AnyHost = LocalHost | RentedHost  # where a page's engines run
+AnyHost = LocalHost | RentedHost | UrlHost  # where a page's engines run
 
 
 async def measure(

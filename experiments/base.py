@@ -37,17 +37,23 @@ class PlanError(ValueError):
 
 
 class Host(Protocol):
-    """Where engines run."""
+    """Where engines run. `hardware`: None where nobody here can know it; `said`: what every result from it must say."""
 
     name: str
     label: str
-    model: str
-    model_label: str
     model_note: str
     draft_model: str | None
     engines: tuple[Engine, ...]
-    hardware: Hardware
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def model_label(self) -> str: ...
+    @property
+    def hardware(self) -> Hardware | None: ...
+
     resident_together: bool
+    said: tuple[str, ...]
 
     def config(self, name: str) -> EngineConfig: ...
     def ready(self, name: str, config: EngineConfig | None = None) -> Serving: ...
@@ -127,6 +133,7 @@ class Setting:
     step: float = 1
     choices: Mapping[str, Any] = field(default_factory=dict)  # words -> value
     flag: str = ""  # without the dashes; empty: the name
+    group: Literal["ask", "measure"] = "ask"  # what is asked, or how it is measured and judged
 
     @property
     def option(self) -> str:
@@ -163,8 +170,10 @@ def _wholes(name: str, label: str, value: Any) -> tuple[int, ...]:
 
 
 PROMPT = Setting("prompt", "text", "Your question", "", DEFAULT_PROMPT)
-REPEATS = Setting("repeats", "whole", "Repeats", "Measured runs per engine; more narrow the spread.", 3, 1, 20)
-WARMUPS = Setting("warmups", "whole", "Warm-ups", "Runs before them that do not count.", 2, 0, 5)
+REPEATS = Setting(
+    "repeats", "whole", "Repeats", "Measured runs per engine; more narrow the spread.", 3, 1, 20, group="measure"
+)
+WARMUPS = Setting("warmups", "whole", "Warm-ups", "Runs before them that do not count.", 2, 0, 5, group="measure")
 ANSWER_LENGTH = Setting(
     "max_tokens", "whole", "Answer length", "In tokens, at most or exactly.", 256, 8, 1024, 8, flag="tokens"
 )
@@ -189,6 +198,7 @@ PRICE = Setting(
     0,
     MOST_DOLLARS,
     0.01,
+    group="measure",
 )
 RACE = Setting(
     "race",
@@ -196,6 +206,7 @@ RACE = Setting(
     "Race: all engines at once",
     "Fun to watch, but they share this machine and slow each other. By default they take turns.",
     False,
+    group="measure",
 )
 
 

@@ -283,6 +283,7 @@ EXPERIMENT = Experiment(
             8,
             1,
             MOST_USERS,
+            group="measure",
         ),
         Setting(
             "measure_all",
@@ -290,6 +291,7 @@ EXPERIMENT = Experiment(
             "Measure the naive queue in full",
             "Nothing is extrapolated. The last of 128 users may wait for many minutes.",
             False,
+            group="measure",
         ),
         Setting(
             "slo_ttft_ms",
@@ -299,6 +301,7 @@ EXPERIMENT = Experiment(
             200.0,
             1,
             MOST_LIMIT_MS,
+            group="measure",
         ),
         Setting(
             "slo_tpot_ms",
@@ -309,6 +312,7 @@ EXPERIMENT = Experiment(
             0.1,
             MOST_LIMIT_MS,
             0.1,
+            group="measure",
         ),
         replace(REPEATS, default=1, info="Measured runs per engine and number of users; more narrow the spread."),
         replace(

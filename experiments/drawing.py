@@ -31,13 +31,15 @@ def styled(
     `pixels`: height of the plot; `axis`: room below it for the labels of the x axis.
     """
     warnings = [f"⚠ {warning}" for warning in generator_warnings(result)]
-    said = _wrapped([f"{result.source_line} · {how}" if how else result.source_line, *result.labels, *warnings])
+    lines = [f"{result.source_line} · {how}" if how else result.source_line, *result.labels, *warnings]
+    said = _wrapped(lines)
     chart.update_yaxes(gridcolor=GRID, zerolinecolor=GRID)
     chart.update_xaxes(gridcolor=GRID, zerolinecolor=GRID)
     return chart.update_layout(
         paper_bgcolor=CLEAR,
         plot_bgcolor=CLEAR,
         font={"family": FONT, "color": INK, "size": 13},
+        meta={"small_print": lines},  # for a page that sets it as text
         height=pixels + LINE_PIXELS * len(said) + 56 + axis,
         margin={"l": 56, "r": 24, "t": 48, "b": 8 + axis + LINE_PIXELS * len(said)},
         annotations=[

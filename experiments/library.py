@@ -9,11 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments import EXPERIMENTS_BY_NAME
+from experiments.kept import Kept
+from experiments.plain import plain_result
 from experiments.result import EngineRow, ExperimentResult, RequestRow, ResultError, TrialRow, new_id
 
 RECORDINGS = Path(__file__).parent.parent / "recordings"
 SAFE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")  # it becomes a file's name
 LARGEST_UPLOAD = 64_000_000  # bytes
+LOADED_AT_ONCE = 6  # the recordings and one or two more; the largest take 100 MB of memory each
+# What reading numbers that make no sense ends in: somebody else's file may hold anything.
+NOT_SHOWABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ class Library:
     def __init__(self, folder: Path, recordings: Path = RECORDINGS) -> None:
         self.folder, self.recordings = folder, recordings
         self._known: dict[Path, tuple[int, Entry | None]] = {}
+        self._loaded: Kept[ExperimentResult] = Kept(LOADED_AT_ONCE)
 
     def entries(self, experiment: str = "") -> list[Entry]:
         """Newest first, own runs before recordings; of one experiment or of all. Broken files are left out."""
@@ -49,15 +55,37 @@ class Library:
             found += sorted(entries, key=lambda entry: entry.started, reverse=True)
         return [entry for entry in found if experiment in ("", entry.experiment)]
 
+    def has_recording(self, experiment: str) -> bool:
+        """Whether there seems to be one, without reading it."""
+        return any(self.recordings.glob(f"{experiment}-*.json"))
+
+    def recording(self, experiment: str) -> Entry | None:
+        """The newest recording of the experiment. Files are named after it, so that no other one has to be read."""
+        entries = [entry for path in self.recordings.glob(f"{experiment}-*.json") if (entry := self._entry(path))]
+        return max(
+            (entry for entry in entries if entry.experiment == experiment),
+            key=lambda entry: entry.started,
+            default=None,
+        )
+
     def load(self, run: str) -> ExperimentResult:
-        """Raises ResultError when there is no such run or its file is broken."""
-        return read(self._path(run))
+        """Raises ResultError when there is no such run or its file is broken. An unchanged file is the same object."""
+        path = self._path(run)
+        try:
+            changed = path.stat().st_mtime_ns
+        except OSError as failure:  # deleted meanwhile
+            raise ResultError(f"This file cannot be read: {failure}.") from failure
+        return self._loaded.get((path, changed), lambda: read(path))
+
+    def checked(self, text: str) -> ExperimentResult:
+        """Somebody's file as a result that can be shown, with nothing kept. Raises ResultError."""
+        if len(text) > LARGEST_UPLOAD:
+            raise ResultError(f"This file is larger than {LARGEST_UPLOAD // 1_000_000} MB.")
+        return drawable(known(ExperimentResult.from_json(text)))
 
     def add(self, text: str) -> ExperimentResult:
         """Keep somebody's file. A run of the same id stays; an id that is no file's name is replaced."""
-        if len(text) > LARGEST_UPLOAD:
-            raise ResultError(f"This file is larger than {LARGEST_UPLOAD // 1_000_000} MB.")
-        result = known(ExperimentResult.from_json(text))
+        result = self.checked(text)
         if not SAFE_ID.fullmatch(result.id) or any(entry.id == result.id for entry in self.entries()):
             result = replace(result, id=new_id(result.experiment))
         result.save(self.folder)
@@ -99,26 +127,43 @@ def _entry_of(path: Path, recorded: bool) -> Entry | None:
         result = read(path)
     except ResultError:
         return None
+    return entry_of(result, recorded)
+
+
+def entry_of(result: ExperimentResult, recorded: bool = False) -> Entry:
     hardware = str(result.hardware.get("words", "unknown hardware"))
-    return Entry(path.stem, result.experiment, result.started, result.model, hardware, recorded)
+    return Entry(result.id, result.experiment, result.started, result.model, hardware, recorded)
 
 
 def read(path: Path) -> ExperimentResult:
-    """A result's file; raises ResultError."""
+    """A result's file; raises ResultError. Its name is its id, whatever stands in it."""
     try:
-        return known(ExperimentResult.from_json(path.read_text(encoding="utf-8")))
+        return replace(known(ExperimentResult.from_json(path.read_text(encoding="utf-8"))), id=path.stem)
     except (OSError, UnicodeDecodeError) as failure:
         raise ResultError(f"This file cannot be read: {failure}.") from failure
 
 
 def known(result: ExperimentResult) -> ExperimentResult:
-    """The result, if its experiment is one of ours and can make sense of it; else ResultError."""
+    """The result in plain words, if its experiment is one of ours and can make sense of it; else ResultError."""
     if result.experiment not in EXPERIMENTS_BY_NAME:
         raise ResultError(f"This app knows no experiment called {result.experiment[:100]!r}.")
+    result = plain_result(result)
     try:
         EXPERIMENTS_BY_NAME[result.experiment].table(result)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as failure:
-        raise ResultError(f"This result cannot be shown: {failure}") from failure
+    except NOT_SHOWABLE as failure:
+        raise ResultError(f"This result cannot be shown: {str(failure)[:200]}") from failure
+    return result
+
+
+def drawable(result: ExperimentResult) -> ExperimentResult:
+    """The result, if all of it can be shown, its pictures too; else ResultError. Takes as long as drawing them."""
+    from experiments.report import figures_html, notes
+
+    try:
+        notes(result)
+        figures_html(result)
+    except NOT_SHOWABLE as failure:
+        raise ResultError(f"This result cannot be drawn: {str(failure)[:200]}") from failure
     return result
 
 
@@ -132,7 +177,8 @@ def overlaid(first: ExperimentResult, second: ExperimentResult) -> ExperimentRes
 
     def renamed(row: EngineRow) -> EngineRow:
         when = second.started[:16].replace("T", " ")
-        where = "" if second.hardware.get("words") == first.hardware.get("words") else f" on {second.hardware['words']}"
+        words = second.hardware.get("words", "unknown hardware")
+        where = "" if words == first.hardware.get("words", "unknown hardware") else f" on {words}"
         variant = f"{row.variant}, {when}{where}" if row.variant else f"{when}{where}"
         return replace(
             row,

@@ -13,11 +13,11 @@ CEILING_WORDS = "memory ceiling"
 COST_HEADING = "Cost per million tokens"
 
 
-def price_of(plan: Plan, hardware: Hardware) -> Price | None:
+def price_of(plan: Plan, hardware: Hardware | None) -> Price | None:
     """As typed, else as listed for the GPU; None where nobody has said."""
     if plan.dollars_per_hour is not None:
         return Price(plan.dollars_per_hour, "as typed")
-    gpu = gpu_named(hardware.gpu)
+    gpu = gpu_named(hardware.gpu) if hardware else None
     if gpu is None or gpu.dollars_per_hour is None:
         return None
     return Price(gpu.dollars_per_hour, f"Modal's list price of {PRICES_OF} for one {gpu.name}")

@@ -13,6 +13,7 @@ that comes sooner behind the prefix than without it.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -96,9 +97,12 @@ def prefix_run(place: int) -> str:
 
 
 def contenders(plan: Plan, host: Host) -> tuple[Contender, ...]:
-    """Each engine as it is, then with its prefix cache on."""
-    found = []
+    """Each engine as it is, then with its prefix cache on; somebody else's server only as it is."""
+    found: list[Contender] = []
     for plain in plain_contenders(plan, host):
+        if plain.engine.as_it_is:
+            found.append(plain)
+            continue
         changes = {"prefix_caching": True}
         caching = Contender(f"{plain.key}+cache", plain.engine, "prefix cache", changes, plain.key)
         found += [plain, checked(caching, host)]
@@ -106,31 +110,39 @@ def contenders(plan: Plan, host: Host) -> tuple[Contender, ...]:
 
 
 def trials(plan: Plan, contenders: tuple[Contender, ...]) -> tuple[Trial, ...]:
-    """Warm-ups with the first question, alone and behind the prefix, then the series, each from empty caches."""
+    """Warm-ups with the first question, alone and behind the prefix, then the series, each from empty caches.
+
+    Nobody here can empty the caches of somebody else's server. There a new word in front of each series' prefix sees to
+    it that the first request with it finds nothing.
+    """
     assert isinstance(plan, PrefixCachingPlan)
-    behind = [prefixed(question, plan.prefix, plan.prefix_times) for question in plan.prompts]
+    as_it_is = any(contender.engine.as_it_is for contender in contenders)
+
+    def behind_prefix() -> list[str]:
+        word = f"{secrets.token_hex(4)} " if as_it_is else ""
+        return [word + prefixed(question, plan.prefix, plan.prefix_times) for question in plan.prompts]
+
     warm = [
         Trial(f"warm-up {number} of {plan.warmups}, {words}", number, True, (prompt,))
         for number in range(1, plan.warmups + 1)
         # The long one too: an engine's first long prompt may compile or allocate what no series should pay.
-        for words, prompt in (("no prefix", plan.prompts[0]), ("with the shared prefix", behind[0]))
+        for words, prompt in (("no prefix", plan.prompts[0]), ("with the shared prefix", behind_prefix()[0]))
     ]
-    runs = [(short_run(place), "no prefix", place, prompt) for place, prompt in enumerate(plan.prompts, start=1)]
-    runs += [
-        (prefix_run(place), "with the shared prefix", place, prompt) for place, prompt in enumerate(behind, start=1)
-    ]
-    measured = [
-        Trial(
-            f"series {repeat} of {plan.repeats}: {words}, {place} of {len(plan.prompts)}",
-            repeat,
-            False,
-            (prompt,),
-            group=group,
-            empty_caches=group == short_run(1),
-        )
-        for repeat in range(1, plan.repeats + 1)
-        for group, words, place, prompt in runs
-    ]
+    measured = []
+    for repeat in range(1, plan.repeats + 1):
+        asked = [(short_run, "no prefix", plan.prompts), (prefix_run, "with the shared prefix", behind_prefix())]
+        measured += [
+            Trial(
+                f"series {repeat} of {plan.repeats}: {words}, {place} of {len(plan.prompts)}",
+                repeat,
+                False,
+                (prompt,),
+                group=group(place),
+                empty_caches=group(place) == short_run(1) and not as_it_is,
+            )
+            for group, words, prompts in asked
+            for place, prompt in enumerate(prompts, start=1)
+        ]
     return (*warm, *measured)
 
 
@@ -190,6 +202,11 @@ def to_no_prefix(result: ExperimentResult, name: str) -> Ratio | None:
     return ratio(ttft(result, name, last_run(result)), ttft(result, name, last_alone(result)))
 
 
+def to_first(result: ExperimentResult, name: str) -> Ratio | None:
+    """TTFT of the last run with the prefix / TTFT of the first, which had to read all of it."""
+    return ratio(ttft(result, name, last_run(result)), ttft(result, name, prefix_run(1)))
+
+
 def cold_start_verified(result: ExperimentResult, name: str) -> bool | None:
     """Whether the first request with the prefix found none of it in the cache, in every series.
 
@@ -241,6 +258,7 @@ def headline(result: ExperimentResult) -> str:
     if silent:
         said.append(f"No saving could be measured for {listed(silent)}.")
     said += [_without_cache(result, row) for row in result.engines if row.unavailable]
+    said += [_told_as_it_is(result, row) for row in result.engines if row.as_it_is]
     return " ".join(said) or "No saving could be measured."
 
 
@@ -259,6 +277,19 @@ def _told(result: ExperimentResult, row: EngineRow, saving: Ratio) -> str:
         words = "as fast as with no prefix" if alone.value <= AS_FAST else "slower than with no prefix"
         level = f", {words} ({alone.value:.2f}×)"
     return f"{whose} first token comes after {now} instead of {before} ({saving.value:.2f}×, {certainty}){level}."
+
+
+def _told_as_it_is(result: ExperimentResult, row: EngineRow) -> str:
+    """What a prefix that was read before saves somebody else's server, whose cache nobody can switch."""
+    saving = to_first(result, row.name)
+    if saving is None:
+        return f"No saving could be measured for {row.label}."
+    now, before = (TTFT.shown_with_unit(ttft(result, row.name, at).mean) for at in (last_run(result), prefix_run(1)))
+    compared = f"{now} once the prefix has been read, {before} the first time; {saving.value:.2f}×"
+    if saving.low is None or saving.high is None:
+        return f"{row.label}, as it is: {compared}, from too few series to say whether that holds."
+    verdict = "" if saving.supported else ", so no measurable difference"
+    return f"{row.label}, as it is: {compared} (95 % interval {saving.low:.2f}–{saving.high:.2f}){verdict}."
 
 
 def _without_cache(result: ExperimentResult, row: EngineRow) -> str:
@@ -288,7 +319,9 @@ def table(result: ExperimentResult) -> Table:
 def notes(result: ExperimentResult) -> list[str]:
     said: list[str] = []
     for row in result.engines:
-        if row.compared_with:
+        if row.as_it_is:
+            said += [_on_cold_start(result, row), _on_what_it_reports(result, row)]
+        elif row.compared_with:
             said += [_on_cold_start(result, row), _on_misses(result, row), _on_what_is_left(result, row)]
         elif most := _most_cached(result, row.name):
             said.append(f"{row.title}: its cache is off, yet it reports up to {CACHED.shown(most)} cached tokens.")
@@ -310,6 +343,13 @@ def _on_cold_start(result: ExperimentResult, row: EngineRow) -> str:
         f"{row.title}: the first request with the prefix did not meet an empty cache: up to {most} of its tokens came "
         f"from there.{' The engine did not empty it when asked.' if kept else ''}"
     )
+
+
+def _on_what_it_reports(result: ExperimentResult, row: EngineRow) -> str:
+    most = _most_cached(result, row.name)
+    if most is None:
+        return f"{row.title} reports no cached tokens, so whether a cache is on can only be told from its first tokens."
+    return f"{row.title} reports up to {CACHED.shown(most)} cached tokens."
 
 
 def _on_misses(result: ExperimentResult, row: EngineRow) -> str:
@@ -401,10 +441,10 @@ def ttft_chart(result: ExperimentResult) -> plotly.graph_objects.Figure | None:
     chart.update_yaxes(title=f"{TTFT.unit} ({TTFT.better} is better)", range=[0, top])
     chart.update_layout(title="Time to first token, run by run", showlegend=False)
     series = max(len(wait.values) for row in shown for wait in waits[row.name])
-    how = (
-        f"points: mean of {series} series, whiskers: smallest to largest; solid line and dots: cache off, dashed line "
-        "and diamonds: cache on; shaded: with the shared prefix"
-    )
+    lines = "solid line and dots: cache off, dashed line and diamonds: cache on"
+    if all(row.as_it_is for row in shown):
+        lines = "each server as it is"
+    how = f"points: mean of {series} series, whiskers: smallest to largest; {lines}; shaded: with the shared prefix"
     return styled(chart, result, how).update_layout(margin_r=margin)
 
 
@@ -414,7 +454,11 @@ def cached_chart(result: ExperimentResult) -> plotly.graph_objects.Figure | None
 
     # Where the cache is off every bar would be a computed one; tokens from there would be a find.
     most = {row.name: _most_cached(result, row.name) for row in result.engines}
-    shown = [row for row in result.engines if most[row.name] or (row.variant and most[row.name] is not None)]
+    shown = [
+        row
+        for row in result.engines
+        if most[row.name] or ((row.variant or row.as_it_is) and most[row.name] is not None)
+    ]
     if not shown:
         return None
     order = groups(result)

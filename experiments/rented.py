@@ -182,6 +182,8 @@ def read_rent(experiment: str, host: RentedHost, values: dict[str, Any]) -> Rent
 class RentedMachine:
     """The host of one run: what its contenders run on, before a container says more."""
 
+    said: tuple[str, ...] = ()
+
     def __init__(self, host: RentedHost, rent: Rent, visitor: str = "") -> None:
         self.rented_from, self.rent, self.visitor = host, rent, visitor
         self.name, self.label = host.name, host.cloud.label

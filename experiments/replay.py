@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from bisect import bisect_right
 from collections.abc import AsyncIterator
 
 from engines.clock import monotonic_clock
@@ -22,13 +23,20 @@ from experiments.base import (
     TrialEnded,
     TrialStarted,
 )
+from experiments.kept import Kept
 from experiments.result import ExperimentResult, RequestRow, TrialRow
 
 PAUSE_SECONDS = 0.4  # between two trials
+_scheduled: Kept[tuple[ExperimentResult, list[tuple[float, Event]]]] = Kept(4)
 
 
 def schedule(result: ExperimentResult) -> list[tuple[float, Event]]:
-    """(seconds from the start of the replay, what happens), in order."""
+    """(seconds from the start of the replay, what happens), in order. All who watch a result share the list."""
+    # With the result beside its schedule its identity cannot become another one's.
+    return _scheduled.get(id(result), lambda: (result, _schedule(result)))[1]
+
+
+def _schedule(result: ExperimentResult) -> list[tuple[float, Event]]:
     events: list[tuple[float, Event]] = []
     for row in result.engines:
         events.append((0.0, EngineFailed(row) if row.error or row.unavailable else EngineReady(row)))
@@ -128,13 +136,14 @@ class ReplayedRun:
 
     async def new_events(self, interval: float) -> AsyncIterator[list[Event]]:
         """What has happened since the last time, at most once per `interval` seconds."""
-        left = schedule(self.recorded)
+        events = await asyncio.to_thread(schedule, self.recorded)  # a hundred thousand of them take a moment
+        shown = 0
         began = monotonic_clock()
-        while left and not self.finished.is_set():
+        while shown < len(events) and not self.finished.is_set():
             passed = monotonic_clock() - began
-            due = [event for at, event in left if at <= passed]
-            left = left[len(due) :]
-            if due:
-                yield list(due)
+            due = bisect_right(events, passed, lo=shown, key=lambda timed: timed[0])
+            if due > shown:
+                yield [event for _, event in events[shown:due]]
+                shown = due
             await asyncio.sleep(interval)
         self.finished.set()

@@ -7,7 +7,7 @@ import io
 import re
 from base64 import b64decode
 from collections.abc import Iterator, Mapping
-from html import escape
+from html import escape, unescape
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from experiments import EXPERIMENTS_BY_NAME
 from experiments.base import Table
 from experiments.limits import spending_notes
 from experiments.metrics import CATALOGUE
+from experiments.plain import in_charts
 from experiments.result import ExperimentResult
 from experiments.trust import generator_notes, generator_warnings, implausible_notes
 
@@ -36,7 +37,8 @@ def table(result: ExperimentResult) -> Table:
 
 def figures(result: ExperimentResult) -> dict[str, plotly.graph_objects.Figure]:
     """Every chart that this result has something for, by the chart's name."""
-    drawn = {chart.name: chart.draw(result) for chart in EXPERIMENTS_BY_NAME[result.experiment].charts}
+    told = in_charts(result)
+    drawn = {chart.name: chart.draw(told) for chart in EXPERIMENTS_BY_NAME[result.experiment].charts}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -138,7 +140,8 @@ def drawn_points(figure: plotly.graph_objects.Figure) -> Iterator[tuple[str, str
         told = trace.to_plotly_json()
         if told.get("visible", True) is True and _panel(told.get("yaxis")) == "1":
             x, y = _values(told.get("x")), _values(told.get("y"))
-            yield str(told.get("name") or ""), trace.type, list(zip(x, y, strict=False))
+            places = [unescape(one) if isinstance(one, str) else one for one in x]
+            yield unescape(str(told.get("name") or "")), trace.type, list(zip(places, y, strict=False))
 
 
 def commands_text(result: ExperimentResult) -> str:
@@ -211,7 +214,7 @@ def _is_value_axis(reference: str | None) -> bool:
 def _cell(value: Any) -> Any:
     """As it is shown: without markup, on one line, nothing for nothing."""
     if isinstance(value, str):
-        return _plain(TAG.sub("", LINE_BREAK.sub(" · ", value)))
+        return _plain(unescape(TAG.sub("", LINE_BREAK.sub(" · ", value))))
     return "" if value is None else value
 
 

@@ -93,7 +93,8 @@ class EngineRow:
     error: str | None = None
     log_tail: str = ""
     hardware: str = ""  # in words, of the machine that it had to itself; empty: the result's own
-    network_seconds: float | None = None  # there and back between the page and a rented machine; part of no number
+    network_seconds: float | None = None  # there and back to a machine elsewhere; of a rented one in no number
+    as_it_is: bool = False  # somebody else's server, of which nothing was switched or emptied
 
     @property
     def engine(self) -> str:
@@ -197,8 +198,12 @@ class ExperimentResult:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.id}.json"
         partial = path.with_suffix(f".{secrets.token_hex(4)}.part")  # its own: two visitors may save the same run
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(path)
+        try:
+            partial.write_text(self.to_json(), encoding="utf-8")
+            partial.replace(path)
+        except OSError:  # a full disk: what did fit is of no use, and takes the room of the next run
+            partial.unlink(missing_ok=True)
+            raise
         return path
 
 

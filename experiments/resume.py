@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from demo_model.bundled import model_label
+from engines.hardware import hardware_words
 from experiments.base import Experiment, Host, Plan, PlanError
 from experiments.library import read
 from experiments.rented import RentedMachine
 from experiments.result import EngineRow, ExperimentResult, ResultError
+from experiments.servers import ServersMachine
 
 log = logging.getLogger("bakeoff")
 
@@ -40,10 +42,13 @@ def measured_something(result: ExperimentResult) -> bool:
 
 def _same_question(result: ExperimentResult, experiment: Experiment, plan: Plan, host: Host) -> bool:
     settings = json.loads(json.dumps(asdict(plan)))  # as a file holds them: tuples become lists
-    where, there = host.hardware.words, result.hardware.get("words")
+    where, there = hardware_words(host.hardware), result.hardware.get("words")
     if isinstance(host, RentedMachine):  # which machine it got, only the result knows: what was asked for counts
         settings["rent"] = asdict(host.rent)
         where, there = host.name, result.host
+    if isinstance(host, ServersMachine):  # its servers are all that is known of it
+        where = " ".join(server.url.base_url for server in host.servers)
+        there = " ".join(str(row.config.get("url")) for row in result.engines if not row.variant)
     asked = (experiment.name, settings, host.model_label, where)
     answered = (result.experiment, result.settings, result.model, there)
     return asked == answered and all(_same_draft(row, host) for row in result.engines)

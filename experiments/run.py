@@ -9,12 +9,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from engines.bandwidth import Bandwidth
 from engines.base import EngineError, Request, SpeculationCounters
 from engines.client import EngineClient
 from engines.clock import monotonic_clock
+from engines.hardware import Hardware, hardware_words
 from engines.load import Answered, GeneratorHealth, LoadGenerator
 from engines.local import Serving
 from engines.model_shape import ModelShape
@@ -115,7 +116,9 @@ class _Runner:
             reached: dict[str, _Reached] = {}
             for contender, serving in zip(block, readied, strict=True):
                 if serving:
-                    load = await stack.enter_async_context(LoadGenerator(serving.endpoint, self.origin))
+                    load = await stack.enter_async_context(
+                        LoadGenerator(serving.endpoint, self.origin, serving.silence_seconds)
+                    )
                     client = await stack.enter_async_context(EngineClient(serving.endpoint))
                     reached[contender.key] = _Reached(load, client)
             if reached and self.bandwidth is None:
@@ -126,18 +129,31 @@ class _Runner:
                 measured += not trial.warmup
                 order = tuple(key for key in order if takes_part(trial, key))
                 if self.plan.race:
-                    await asyncio.gather(*(self._trial(key, reached[key], trial) for key in order))
+                    fit = await asyncio.gather(*(self._survived(key, reached[key], trial) for key in order))
                 else:
-                    for key in order:
-                        await self._trial(key, reached[key], trial)
+                    fit = [await self._survived(key, reached[key], trial) for key in order]
+                for key in (key for key, survived in zip(order, fit, strict=True) if not survived):
+                    del reached[key]
+
+    async def _survived(self, key: str, reached: _Reached, trial: Trial) -> bool:
+        """Whether the contender can go on after this trial. Its load generator's breakdown is no other contender's."""
+        try:
+            await self._trial(key, reached, trial)
+        except EngineError as error:
+            self._failed(key, error)
+            return False
+        return True
+
+    def _failed(self, key: str, error: EngineError) -> None:
+        self.rows[key] = replace(self.rows[key], error=error.message, log_tail=error.log_tail)
+        self.emit(EngineFailed(self.rows[key]))
 
     async def _ready(self, contender: Contender) -> Serving | None:
         key, name = contender.key, contender.engine.name
         try:
             serving = await in_thread(lambda: self.host.ready(name, contender.config(self.host)))
         except EngineError as error:
-            self.rows[key] = replace(self.rows[key], error=error.message, log_tail=error.log_tail)
-            self.emit(EngineFailed(self.rows[key]))
+            self._failed(key, error)
             return None
         self.rows[key] = replace(
             self.rows[key],
@@ -147,6 +163,7 @@ class _Runner:
             installed=serving.installed,
             start_phases=_summed(serving),
             caveat=serving.caveat,
+            network_seconds=serving.network_seconds,
         )
         self.emit(EngineReady(self.rows[key]))
         return serving
@@ -220,7 +237,7 @@ class _Runner:
             experiment=self.experiment.name,
             started=self.started.isoformat(timespec="seconds"),
             host=self.host.name,
-            hardware={**asdict(self.host.hardware), "words": self.host.hardware.words},
+            hardware=hardware_facts(self.host.hardware),
             model=self.host.model_label,
             model_note=self.host.model_note,
             settings=asdict(self.plan),
@@ -236,10 +253,10 @@ class _Runner:
         )
 
     def _labels(self) -> tuple[str, ...]:
-        labels = []
-        if self.plan.race and len(self.plan.engines) > 1 and self.host.resident_together:
+        labels = list(self.host.said)
+        if self.plan.race and len(self.plan.engines) > 1 and self.host.resident_together and self.host.hardware:
             labels.append(RACE_LABEL)
-        if self.host.hardware.device == "cpu":
+        if self.host.hardware and self.host.hardware.device == "cpu":
             labels.append(SHARED_CORES_LABEL)
         if self.restless:
             labels.append("Another engine kept the processor busy during some requests; those were slowed by it.")
@@ -265,6 +282,11 @@ def blocks(contenders: tuple[Contender, ...], resident_together: bool) -> list[t
     return found
 
 
+def hardware_facts(hardware: Hardware | None) -> dict[str, Any]:
+    """As a result holds them; of hardware that nobody here can know, these words alone."""
+    return {**(asdict(hardware) if hardware else {}), "words": hardware_words(hardware)}
+
+
 def takes_part(trial: Trial, key: str) -> bool:
     return not trial.only or key in trial.only
 
@@ -284,6 +306,7 @@ def row_of(contender: Contender) -> EngineRow:
         contender.variant,
         contender.compared_with,
         contender.unavailable or None,
+        as_it_is=engine.as_it_is,
     )
 
 

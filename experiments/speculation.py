@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from engines.base import Speculation
+from engines.compatible import AS_IT_IS
 from experiments.base import (
     ANSWER_LENGTH,
     DEFAULT_PROMPT,
@@ -76,11 +77,15 @@ def contenders(plan: Plan, host: Host) -> tuple[Contender, ...]:
     """Each engine as it is, then with each number of draft tokens."""
     assert isinstance(plan, SpeculationPlan)
     method = plan.method or best_method(host)
-    if method == "draft_model" and not host.draft_model:
+    ours = [engine for engine in host.engines if not engine.as_it_is]
+    if method == "draft_model" and not host.draft_model and ours:
         raise PlanError("method", "This model brings no draft model. Choose another way of guessing.")
     found = []
     for plain in plain_contenders(plan, host):
         found.append(plain)
+        if plain.engine.as_it_is:
+            found.append(Contender(f"{plain.key}+speculation", plain.engine, "speculation", {}, plain.key, AS_IT_IS))
+            continue
         for count in sorted(set(plan.draft_tokens)):
             speculation = Speculation(method, count, host.draft_model if method == "draft_model" else None)
             variant = f"{METHODS[method]}, {count} token{'s' if count > 1 else ''}"
@@ -119,9 +124,12 @@ def speed_up(result: ExperimentResult, row: EngineRow) -> Ratio | None:
 
 def headline(result: ExperimentResult) -> str:
     gains = [(row, gain) for row in result.engines if (gain := speed_up(result, row))]
-    reasons = [row for row in result.engines if row.unavailable]
+    reasons = [row for row in result.engines if row.unavailable and not row.as_it_is]
     cannot = listed(list(dict.fromkeys(row.label for row in reasons))) if reasons else ""
     missing = f" {cannot} cannot speculate here." if cannot else ""
+    as_they_are = [_told_as_it_is(result, row) for row in result.engines if row.as_it_is and not row.variant]
+    if as_they_are and not gains:
+        return f"Speculation cannot be switched from outside. {' '.join(as_they_are)}{missing}"
     if not gains:
         return f"No speed-up could be measured.{missing}"
     best: dict[str, tuple[EngineRow, Ratio]] = {}
@@ -129,6 +137,17 @@ def headline(result: ExperimentResult) -> str:
         if row.engine not in best or gain.value > best[row.engine][1].value:
             best[row.engine] = (row, gain)
     return f"{' '.join(_told(result, row, gain) for row, gain in best.values())}{missing}"
+
+
+def _told_as_it_is(result: ExperimentResult, row: EngineRow) -> str:
+    """The speed of somebody else's server, and what its answers report of drafts."""
+    speed, counted = result.distribution(row.name, SPEED), result.speculation(row.name)
+    if speed.mean is None:
+        return f"{row.label} gave no speed that could be measured."
+    drafts = "its answers report no drafts"
+    if counted and counted.drafted:
+        drafts = f"its answers report that {share(counted.acceptance_rate)} of its drafts were accepted"
+    return f"{row.label} decodes {SPEED.shown(speed.mean)} tok/s as it is; {drafts}."
 
 
 def _told(result: ExperimentResult, row: EngineRow, gain: Ratio) -> str:

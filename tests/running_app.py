@@ -20,12 +20,18 @@ PROJECT = Path(__file__).parent.parent
 class RunningApp:
     """The app under test. `log` grows as it prints; use as a context manager, which ends it."""
 
-    def __init__(self, *arguments: str, cache: Path | None = None) -> None:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    def __init__(
+        self,
+        *arguments: str,
+        cache: Path | None = None,
+        program: tuple[str, ...] = ("app.py",),
+        variables: dict[str, str] | None = None,
+    ) -> None:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
         if cache:
             environment["BAKEOFF_CACHE"] = str(cache)
         self.process = subprocess.Popen(
-            [sys.executable, "app.py", *arguments],
+            [sys.executable, *program, *arguments],
             cwd=PROJECT,
             env=environment,
             stdout=subprocess.PIPE,

@@ -5,6 +5,7 @@ Everything that comes from an engine or a visitor is escaped: logs, errors and n
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -24,9 +25,15 @@ from experiments.base import (
     TrialStarted,
 )
 from experiments.metrics import METRICS, Distribution, Metric, RequestMetrics
+from experiments.plain import ANSI, plain_line, plain_name, plain_text
 from experiments.result import EngineRow, RequestRow, engine_of
 
 TILES = tuple(METRICS[name] for name in ("ttft", "decode_speed", "tpot", "output_tokens", "e2e"))
+LONGEST_ANSWER = 20_000  # characters on the page; the result has all of them
+LONGEST_PIECE, MOST_PIECES = 200, 2_000  # characters of what came in one step; such steps
+TAG, PICTURE = re.compile(r"<(?=[A-Za-z/!?])"), re.compile(r"!\[")
+MARKDOWN = re.compile(r"[\\`*_\[\]<>!|~$#]")
+TILE_SECONDS = 0.25  # at most four times a second
 LIGHT_WORDS = {
     "down": "not running",
     "installing": "installing",
@@ -56,7 +63,7 @@ def build_lane(engine: Engine, status: Status, tab: str) -> Lane:
             chat=gr.Chatbot(
                 label=f"{engine.label}'s answer",
                 show_label=False,
-                height=300,
+                height=280,
                 layout="bubble",
                 buttons=["copy"],
                 allow_tags=False,
@@ -64,6 +71,7 @@ def build_lane(engine: Engine, status: Status, tab: str) -> Lane:
                 feedback_options=None,
                 placeholder=f"{engine.label}'s answer will stream here.",
                 elem_id=f"{tab}-chat-{engine.name}",
+                elem_classes="answer",
             ),
             tiles=gr.HTML(LaneView(engine.name).tiles_html(), padding=False, elem_id=f"{tab}-tiles-{engine.name}"),
         )
@@ -73,9 +81,10 @@ def head_html(engine: Engine, status: Status) -> str:
     """Name, light and what it is doing now; a failure shows its reason and the tail of the engine's log."""
     words = LIGHT_WORDS[status.light]
     if status.phase:
-        words += f": {status.phase}"
+        words += f": {plain_line(status.phase)}"
     moving = status.light in ("installing", "starting")
-    state = f"<span class='words'>{escape(words)}</span>"
+    # Only the words are announced: the stopwatch beside them moves every second.
+    state = f"<span class='words' role='status'>{escape(words)}</span>"
     if moving:
         state += f" · <span class='elapsed' data-elapsed='{status.elapsed():.1f}'>{status.elapsed():.0f} s</span>"
         if status.light == "starting" and status.phases:
@@ -88,13 +97,14 @@ def head_html(engine: Engine, status: Status) -> str:
         f"<div class='lane-head' style='--engine:{engine.colour}'>",
         f"<div class='title'><span class='light {status.light}' role='img' "
         f"aria-label='{escape(LIGHT_WORDS[status.light])}'></span>{escape(engine.label)}",
-        f"<span class='version'>{escape(status.version)}</span>" if status.version else "",
-        f"</div><div class='state' role='status'>{state}</div>",
+        f"<span class='version'>{escape(plain_name(status.version))}</span>" if status.version else "",
+        f"</div><div class='state'>{state}</div>",
     ]
     if status.light == "failed":
-        parts.append(f"<div class='state problem'>{escape(status.error)}</div>")
+        parts.append(f"<div class='state problem' tabindex='0'>{escape(plain_line(status.error))}</div>")
         if status.log_tail:
-            parts.append(f"<details><summary>End of its log</summary><pre>{escape(status.log_tail)}</pre></details>")
+            tail = escape(plain_text(status.log_tail))
+            parts.append(f"<details><summary>End of its log</summary><pre>{tail}</pre></details>")
         parts.append("<div class='state'>Press Run to try again.</div>")
     return "".join([*parts, "</div>"])
 
@@ -123,6 +133,8 @@ class LaneView:
     error: str = ""
     unavailable: str = ""
     changed: bool = False
+    tiles_shown_at: float = float("-inf")  # on the one clock
+    closed: bool = False
 
     def take(self, event: object) -> None:
         match event:
@@ -199,7 +211,14 @@ class LaneView:
         elif self.trial:
             self.note = "No complete answer"
             self.first_at = None
-        self.changed = True
+        self.changed = self.closed = True
+
+    def tiles_due(self, now: float) -> bool:
+        """Figures that change faster than they can be read are not sent; what stands at an answer's end always is."""
+        if self.in_flight and not self.closed and now - self.tiles_shown_at < TILE_SECONDS:
+            return False
+        self.tiles_shown_at = now
+        return True
 
     def messages(self, prompt: str) -> list[dict[str, Any]]:
         """The chatbot's messages: the prompt, and the answer so far or the reason why there is none."""
@@ -210,9 +229,9 @@ class LaneView:
             answer = f"*Thinking:* {thoughts}\n\n{answer}"
         shown = [{"role": "user", "content": shortened(prompt)}]
         if answer:
-            shown.append({"role": "assistant", "content": answer})
+            shown.append({"role": "assistant", "content": readable(answer)})
         if self.error:
-            shown.append({"role": "assistant", "content": f"⚠ {self.error}"})
+            shown.append({"role": "assistant", "content": f"⚠ {no_markdown(plain_line(self.error))}"})
         return shown
 
     def tiles_html(self) -> str:
@@ -234,8 +253,8 @@ class LaneView:
             return ""
         pieces = "".join(
             f"<span class='step' data-tokens='{arrival.tokens or 1}' title='{arrival.tokens or 1} in one step'>"
-            f"{escape(arrival.text)}</span>"
-            for arrival in self.arrivals
+            f"{escape(arrival.text[:LONGEST_PIECE])}</span>"
+            for arrival in self.arrivals[:MOST_PIECES]
         )
         return f"<details class='steps' open><summary>What came in one step</summary><p>{pieces}</p></details>"
 
@@ -253,17 +272,39 @@ class LaneView:
         }
 
 
+def readable(answer: str) -> str:
+    """An answer as the lane shows it: as long as a browser draws ten times a second, without a terminal's colours."""
+    shown = without_html(ANSI.sub("", answer[:LONGEST_ANSWER]))
+    left = len(answer) - LONGEST_ANSWER
+    return shown if left <= 0 else f"{shown}\n\n… {left:,} more characters, all of which are in the JSON."
+
+
+def without_html(markdown: str) -> str:
+    """Markdown that makes no element of HTML and loads no picture, whoever draws it.
+
+    Gradio's chatbot takes scripts out, but lets pictures of other hosts, forms and styles that cover the page stand. An
+    invisible word joiner behind the "<" keeps a tag from being one, also where one reader of Markdown sees code and
+    another does not; behind the "!" it leaves a link in a picture's place.
+    """
+    return PICTURE.sub("!\u2060[", TAG.sub("<\u2060", markdown))
+
+
+def no_markdown(words: str) -> str:
+    """So that they stay words where Markdown is drawn."""
+    return MARKDOWN.sub(r"\\\g<0>", words)
+
+
 def shortened(prompt: str, longest: int = 400) -> str:
     """A prompt as the lane shows it: the middle of a very long one left out."""
     if len(prompt) <= longest:
-        return prompt
+        return without_html(prompt)
     half = longest // 2
-    return f"{prompt[:half]} … ({len(prompt.split()):,} words in all) … {prompt[-half:]}"
+    return without_html(f"{prompt[:half]} … ({len(prompt.split()):,} words in all) … {prompt[-half:]}")
 
 
 def _tile(metric: Metric, value: float | None) -> str:
-    explanation = escape(f"{metric.term}. {metric.explanation}", quote=True)
+    # Short, because it is sent several times a second; page.js knows each metric's tooltip.
     return (
-        f"<div class='tile' title='{explanation}' data-metric='{metric.name}'><div class='name'>{escape(metric.label)}"
-        f"</div><div class='value'>{metric.shown(value)}</div><div class='unit'>{escape(metric.unit)}</div></div>"
+        f"<div class='tile' data-metric='{metric.name}'><div class='name'>{escape(metric.label)}</div>"
+        f"<div class='value'>{metric.shown(value)}</div><div class='unit'>{escape(metric.unit)}</div></div>"
     )

@@ -6,28 +6,48 @@ Controls and charts follow from the experiment's own tables of settings and char
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from html import escape
+from functools import partial
+from html import escape, unescape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from engines.clock import monotonic_clock
 from engines.cloud import GPU_CHOICES
 from engines.rented import RentedHost
 from engines.spending import Spent, dollars
+from engines.url_host import UrlHost
 from experiments.background import AnyHost, BackgroundRun
 from experiments.base import RACE, Experiment, Host, Plan, PlanError, Setting, Spending, TrialStarted
+from experiments.kept import once
+from experiments.plain import plain_result
 from experiments.rented import BUDGET_WORDS, RentedMachine, read_rent, rent_settings
 from experiments.replay import ReplayedRun, schedule
-from experiments.report import SPREAD, csv_bytes, drawn_csv, figures, figures_html, headline, notes, table
+from experiments.report import (
+    SPREAD,
+    commands_text,
+    csv_bytes,
+    drawn_csv,
+    figures,
+    figures_html,
+    headline,
+    notes,
+    table,
+)
 from experiments.result import ExperimentResult, ResultError, engine_of
 from experiments.sameness import Sameness, same_answers
-from ui.lanes import Lane, LaneView, build_lane
+from experiments.servers import POLITE, read_run, read_servers, url_settings
+from ui.diagrams import diagram
+from ui.lanes import LONGEST_ANSWER, Lane, LaneView, build_lane
+from ui.public import Watch, address_of, load_of
 from ui.session import Sessions
+from ui.sharing import COPY_SCRIPT
 
 FRAME_SECONDS = 0.1  # a browser redraws a growing text smoothly at ten frames a second
+COPY_COMMANDS, COPY_LINK = "Copy the commands", "Copy the link to this run"
 LONGEST_SLIDER = 2048  # steps; a wider range is typed
 
 
@@ -37,6 +57,7 @@ class Picture:
 
     box: gr.Column
     plot: gr.Plot
+    print: gr.HTML  # the small print, which wraps where a picture would cut it
     csv: gr.DownloadButton
 
 
@@ -48,14 +69,21 @@ class ResultView:
     pictures: dict[str, Picture]
     table: gr.HTML
     run_id: gr.Textbox
+    commands: gr.Textbox
+    copy_commands: gr.Button
+    copy_link: gr.Button
     html: gr.DownloadButton
     json: gr.DownloadButton
     csv: gr.DownloadButton
 
     @property
+    def drawn(self) -> list[Any]:
+        return [part for one in self.pictures.values() for part in (one.box, one.plot, one.print, one.csv)]
+
+    @property
     def outputs(self) -> list[Any]:
-        pictures = [part for picture in self.pictures.values() for part in (picture.box, picture.plot, picture.csv)]
-        return [self.headline, *pictures, self.table, self.run_id, self.html, self.json, self.csv]
+        copied = [self.run_id, self.commands, self.copy_commands, self.copy_link]
+        return [self.headline, *self.drawn, self.table, *copied, self.html, self.json, self.csv]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +97,7 @@ class Tab:
     recorded: gr.Dropdown
     replay: gr.Button
     progress: gr.HTML
+    draw: gr.Button  # pressed by page.js, when the recording's charts come into sight
     lanes: dict[str, Lane]
     result: ResultView
 
@@ -84,49 +113,64 @@ class Tab:
 
 def settings_of(experiment: Experiment, host: AnyHost) -> tuple[Setting, ...]:
     """What a visitor can set: the experiment's own settings that mean something here, and what to rent."""
+    if isinstance(host, UrlHost):
+        return url_settings(experiment)
     if not isinstance(host, RentedHost):
         return experiment.settings
     own = tuple(setting for setting in experiment.settings if setting is not RACE)  # every engine has its own machine
     return own + rent_settings(experiment.name, host)
 
 
-def experiment_tab(experiment: Experiment, host: AnyHost, sessions: Sessions) -> Tab:
-    """Build the tab and wire it. `host` runs the engines and knows their statuses."""
+def experiment_tab(
+    experiment: Experiment, host: AnyHost, sessions: Sessions, servers: Mapping[str, Any] | None = None
+) -> Tab:
+    """Build the tab and wire it. `host` runs the engines and knows their statuses. `servers`: the fields, one set for
+    all tabs, in which the visitor names servers, by their settings' names."""
     name = experiment.name
-    gr.HTML(
-        f"<p class='mechanism'><b>{escape(experiment.question)}</b> {escape(experiment.mechanism)}</p>", padding=False
-    )
-    first, *others = settings_of(experiment, host)  # the first is the question
-    with gr.Row(equal_height=True):
-        with gr.Column(scale=5):
+    gr.HTML(intro_html(experiment.name, experiment.question, experiment.mechanism), padding=False)
+    servers = servers or {}
+    first, *others = [one for one in settings_of(experiment, host) if one.name not in servers]  # the question first
+    with gr.Row(elem_classes="ask"):
+        with gr.Column(scale=5, min_width=260):
             controls = {first.name: build_control(first, name)}
-        with gr.Column(scale=1, min_width=160):
+        with gr.Column(scale=1, min_width=140, elem_classes="go"):
             run = gr.Button("Run", variant="primary", elem_id=f"{name}-run")
             stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{name}-stop")
-    with gr.Accordion("Settings", open=False, elem_id=f"{name}-settings"):
+    tools = gr.Row(elem_classes="tools")
+    with tools, gr.Accordion("Settings", open=False, elem_id=f"{name}-settings") as folded:
         choices = [(engine.label, engine.name) for engine in host.engines]
         engines = gr.CheckboxGroup(choices, value=[engine for _, engine in choices], label="Engines")
-        for begin in range(0, len(others), 3):
-            with gr.Row():
-                for setting in others[begin : begin + 3]:
-                    controls[setting.name] = build_control(setting, name)
+        for title, group in grouped(others, experiment):
+            gr.HTML(f"<h3 class='group'>{escape(title)}</h3>", padding=False)
+            for begin in range(0, len(group), 3):
+                with gr.Row():
+                    for setting in group[begin : begin + 3]:
+                        controls[setting.name] = build_control(setting, name)
         if isinstance(host, RentedHost):
-            gr.HTML(partial(prices_html, host), padding=False, elem_id=f"{name}-prices")  # asked anew with each page
-    with gr.Row(equal_height=True):
+            prices = gr.HTML("", padding=False, elem_id=f"{name}-prices")
+            # Asked for when somebody looks; an async function as the component's value breaks the page's own config.
+            folded.expand(
+                partial(prices_html, host), None, prices, queue=False, show_progress="hidden", api_visibility="private"
+            )
+    # In the order of the settings.
+    controls = {setting.name: controls[setting.name] for setting in (first, *others)} | dict(servers)
+    with tools, gr.Row(elem_classes="earlier"):
         recorded = gr.Dropdown(
-            _choices(sessions, name), value=None, label="A run made earlier", scale=5, elem_id=f"{name}-recorded"
+            [], value=None, label="A run made earlier", scale=4, min_width=220, elem_id=f"{name}-recorded"
         )
-        replay = gr.Button("Replay", size="sm", scale=1, min_width=120, elem_id=f"{name}-replay")
-    progress = gr.HTML("", padding=False, elem_classes="progress", elem_id=f"{name}-progress")
-    with gr.Row():
+        replay = gr.Button("Replay", size="md", scale=0, min_width=96, elem_id=f"{name}-replay")
+    waiting = "Loading the recording that came with the app" if sessions.library.has_recording(name) else ""
+    progress = gr.HTML(progress_html(waiting, None), padding=False, elem_classes="progress", elem_id=f"{name}-progress")
+    draw = gr.Button("Draw the charts", visible="hidden", elem_id=f"{name}-draw")
+    with gr.Row(elem_classes="lanes"):
         lanes = {engine.name: build_lane(engine, host.status(engine.name), name) for engine in host.engines}
     view = build_result(experiment, name)
-    tab = Tab(run, stop, engines, controls, recorded, replay, progress, lanes, view)
+    tab = Tab(run, stop, engines, controls, recorded, replay, progress, draw, lanes, view)
     handler = partial(run_in_tab, experiment, host, sessions, tab)
 
     async def on_run(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
         who = request.session_hash or ""
-        async for frame in handler(*values, session=who, visitor=visitor_of(request)):
+        async for frame in handler(*values, session=who, visitor=visitor_of(request, sessions)):
             yield frame
 
     def on_stop(request: gr.Request) -> Any:
@@ -144,6 +188,9 @@ def experiment_tab(experiment: Experiment, host: AnyHost, sessions: Sessions) ->
         api_visibility="private",
     )
 
+    def refresh(request: gr.Request) -> Any:
+        return gr.update(choices=_choices(sessions, name, request.session_hash or ""))
+
     async def on_replay(request: gr.Request, chosen: str | None) -> AsyncIterator[dict[Any, Any]]:
         async for frame in replay_in_tab(sessions, tab, chosen, request.session_hash or ""):
             yield frame
@@ -158,7 +205,7 @@ def experiment_tab(experiment: Experiment, host: AnyHost, sessions: Sessions) ->
         api_visibility="private",
     )
     recorded.focus(
-        lambda: gr.update(choices=_choices(sessions, name)),
+        refresh,
         None,
         recorded,
         queue=False,
@@ -167,6 +214,25 @@ def experiment_tab(experiment: Experiment, host: AnyHost, sessions: Sessions) ->
     )
     stop.click(on_stop, None, stop, queue=False, show_progress="hidden", api_visibility="private")
     return tab
+
+
+def grouped(settings: Sequence[Setting], experiment: Experiment) -> list[tuple[str, list[Setting]]]:
+    """The settings under their headings; what is not the experiment's own says what to rent."""
+    own = {setting.name for setting in (*experiment.settings, POLITE)}
+    groups = {
+        "What to ask": [one for one in settings if one.name in own and one.group == "ask"],
+        "How to measure": [one for one in settings if one.name in own and one.group == "measure"],
+        "What to rent": [one for one in settings if one.name not in own],
+    }
+    return [(title, group) for title, group in groups.items() if group]
+
+
+def intro_html(name: str, question: str, mechanism: str) -> str:
+    """How every tab opens: its question, how the thing works, and a drawing of it."""
+    return (
+        f"<section class='intro'><div><h2>{escape(question)}</h2><p class='mechanism'>{escape(mechanism)}</p></div>"
+        f"{diagram(name)}</section>"
+    )
 
 
 async def prices_html(host: RentedHost) -> str:
@@ -221,7 +287,8 @@ def build_result(experiment: Experiment, place: str) -> ResultView:
         pictures = {}
         for chart in experiment.charts:
             with gr.Column(visible=False) as box:
-                plot = gr.Plot(show_label=False, elem_id=f"{place}-{chart.name}-chart")
+                plot = gr.Plot(label=chart.title, show_label=False, elem_id=f"{place}-{chart.name}-chart")
+                small = gr.HTML("", padding=False)
                 with gr.Row():
                     for form in ("png", "svg"):
                         button = gr.Button(
@@ -234,13 +301,24 @@ def build_result(experiment: Experiment, place: str) -> ResultView:
                         script = f"(name) => window.bakeoff.exportChart({called})"
                         button.click(None, run_id, None, js=script, api_visibility="private")
                     points = gr.DownloadButton(f"{chart.title} as CSV", **off, elem_id=f"{place}-{chart.name}-csv")
-            pictures[chart.name] = Picture(box, plot, points)
+            pictures[chart.name] = Picture(box, plot, small, points)
         results = gr.HTML("", padding=False, elem_id=f"{place}-table")
+        commands = gr.Textbox("", visible="hidden", elem_id=f"{place}-commands", label="Commands", show_label=False)
+        plain: dict[str, Any] = {"size": "sm", "min_width": 120, "interactive": False}
+        with gr.Row():
+            copy_commands = gr.Button(COPY_COMMANDS, **plain, elem_id=f"{place}-copy-commands")
+            copy_link = gr.Button(COPY_LINK, **plain, elem_id=f"{place}-copy-link")
+        for button, source, text, words in (
+            (copy_commands, commands, "text", COPY_COMMANDS),
+            (copy_link, run_id, "text && `${location.origin}${location.pathname}?run=${text}`", COPY_LINK),
+        ):
+            script = f"(text) => ({COPY_SCRIPT})({text}, '{words}')"
+            button.click(None, source, button, js=script, api_visibility="private")
         with gr.Row():
             html = gr.DownloadButton("Charts as HTML", **off, elem_id=f"{place}-html")
             json = gr.DownloadButton("Everything as JSON", **off, elem_id=f"{place}-json")
             csv = gr.DownloadButton("Requests as CSV", **off, elem_id=f"{place}-csv")
-    return ResultView(sentence, pictures, results, run_id, html, json, csv)
+    return ResultView(sentence, pictures, results, run_id, commands, copy_commands, copy_link, html, json, csv)
 
 
 def read_plan(
@@ -249,16 +327,21 @@ def read_plan(
     """The controls' values, in the order of the settings, as a plan and the host to run it on; raises PlanError."""
     settings = settings_of(experiment, host)
     typed = {setting.name: value for setting, value in zip(settings, values, strict=True)}
+    if isinstance(host, UrlHost):
+        return read_run(experiment, host, read_servers(engines, typed), typed)
     plan = experiment.read_plan(tuple(engines), typed)
     if isinstance(host, RentedHost):
         return plan, RentedMachine(host, read_rent(experiment.name, host, typed), visitor)
     return plan, host
 
 
-def visitor_of(request: gr.Request) -> str:
-    """Who somebody is as long as they keep their address; behind a proxy, the one that it was told."""
-    forwarded = (request.headers or {}).get("x-forwarded-for", "")
+def visitor_of(request: gr.Request, sessions: Sessions) -> str:
+    """Who somebody is as long as they keep their address. Behind a proxy, on a page of one's own, what that was told;
+    in public mode an address that nobody can choose, as a hash."""
+    forwarded = str((request.headers or {}).get("x-forwarded-for", ""))
     address = request.client.host if request.client else ""
+    if sessions.rules is not None:
+        return sessions.tally.name_of(address_of(address, forwarded, sessions.rules.behind_proxy))
     return str(forwarded.partition(",")[0].strip() or address)
 
 
@@ -276,25 +359,39 @@ async def run_in_tab(
     try:
         plan, machine = read_plan(experiment, host, engines, values, visitor)
         experiment.contenders(plan, machine)  # what this model or host cannot do is said before anybody waits
+        load = await asyncio.to_thread(load_of, experiment, plan, machine, sessions.rules) if sessions.rules else None
     except PlanError as error:
         yield {tab.progress: problem_html(error.message)}
         return
+    if load and (refused := sessions.refusal(visitor, load)):
+        yield {tab.progress: problem_html(refused)}
+        return
     busy = _busy(tab)
-    async with sessions.turn(session) as turn:
+    async with sessions.turn(session, visitor, load) as turn:
         while not await turn.came(FRAME_SECONDS * 5):
-            yield {
-                **busy,
-                tab.progress: progress_html("Another run is under way; yours is next in line.", None),
-            }
+            yield {**busy, tab.progress: progress_html(sessions.place(turn).words, None)}
         if turn.given_up:
             yield _idle(tab) | {tab.progress: ""}
             return
+        if load and (refused := sessions.refusal_at_turn(visitor, load)):
+            yield _idle(tab) | {tab.progress: problem_html(refused)}
+            return
         background = BackgroundRun(experiment, plan, machine)
         turn.runs(background)
+        watch = None
+        if load and sessions.rules:
+            watch = Watch(sessions.rules, load, visitor, sessions.tally, background.stop)
         together = plan.race or isinstance(machine, RentedMachine)
-        async for frame in _shown(tab, background, plan.prompt, "All engines at once" if together else ""):
-            yield frame
-        yield await asyncio.to_thread(_finished, tab, background, sessions)  # files and figures take a moment
+        try:
+            async for frame in _shown(tab, background, plan.prompt, "All engines at once" if together else "", watch):
+                yield frame
+        finally:
+            if watch:
+                watch.close(background.result)
+        ended = await asyncio.to_thread(_finished, tab, background, sessions)  # files and figures take a moment
+        if watch and watch.reason:
+            ended[tab.progress] = problem_html(watch.reason)
+        yield ended
 
 
 async def replay_in_tab(
@@ -304,7 +401,7 @@ async def replay_in_tab(
     try:
         if not chosen:
             raise ResultError("Choose a run to replay first.")
-        result = await asyncio.to_thread(sessions.library.load, chosen)
+        result = await asyncio.to_thread(sessions.load, chosen, session)
     except ResultError as error:
         yield {tab.progress: problem_html(str(error))}
         return
@@ -313,13 +410,14 @@ async def replay_in_tab(
         async for frame in _shown(tab, run, "", f"Recorded, not live: {result.source_line}"):
             yield frame
         ended = _idle(tab) | {tab.progress: progress_html(f"This was a recording: {result.source_line}", None)}
-        yield ended | await asyncio.to_thread(show_result, tab.result, result, sessions)
+        yield ended | await asyncio.to_thread(shown_before, tab.result, result, sessions)
 
 
 def wire_opening(experiment: Experiment, sessions: Sessions, tab: Tab, events: list[Callable[..., Any]]) -> None:
     """Show the recording when one of `events` first happens; what a visitor has run since is never replaced by it."""
     seen = gr.State(False)
-    opening = cache(partial(opening_frame, experiment, sessions, tab))  # the same for every visitor
+    opening = once(partial(opening_frame, experiment, sessions, tab))  # the same for every visitor
+    pictures = once(partial(opening_pictures, experiment, sessions, tab))
 
     def show(before: bool) -> dict[Any, Any]:
         return {seen: True} if before else {seen: True, **opening()}
@@ -334,13 +432,27 @@ def wire_opening(experiment: Experiment, sessions: Sessions, tab: Tab, events: l
             api_visibility="private",
         )
 
+    def draw(shown: str) -> dict[Any, Any]:
+        recorded = sessions.library.recording(experiment.name)
+        mine = recorded is not None and shown == recorded.id  # and not a run that has been made since
+        return pictures() if mine else {tab.draw: gr.skip()}
+
+    tab.draw.click(
+        draw,
+        tab.result.run_id,
+        [tab.draw, *tab.result.drawn],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
 
 def opening_frame(experiment: Experiment, sessions: Sessions, tab: Tab) -> dict[Any, Any]:
     """What a visitor finds before running anything: the recording that came with the app, as it stood at its end."""
-    recorded = [entry for entry in sessions.library.entries(experiment.name) if entry.recorded]
-    if not recorded:
+    recorded = sessions.library.recording(experiment.name)
+    if recorded is None:
         return {}
-    result = sessions.library.load(recorded[0].id)
+    result = sessions.library.load(recorded.id)
     views = {name: LaneView(name) for name in tab.lanes}
     for _, event in schedule(result):
         for view in views.values():
@@ -350,12 +462,23 @@ def opening_frame(experiment: Experiment, sessions: Sessions, tab: Tab) -> dict[
     words = f"Recorded, not live: {result.source_line}. Press Run to measure anew."
     return _changed_lanes(tab, views, "") | {
         tab.progress: progress_html(words, None),
-        tab.recorded: gr.update(choices=_choices(sessions, experiment.name), value=result.id),
-        **show_result(tab.result, result, sessions),
+        tab.recorded: gr.update(choices=[(recorded.words, recorded.id)], value=recorded.id),
+        **show_result(tab.result, result, sessions, later=experiment.name),
     }
 
 
-async def _shown(tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label: str) -> AsyncIterator[dict[Any, Any]]:
+def opening_pictures(experiment: Experiment, sessions: Sessions, tab: Tab) -> dict[Any, Any]:
+    """The charts of that recording, which bring the plotting library with them: sent once they come into sight."""
+    recorded = sessions.library.recording(experiment.name)
+    if recorded is None:
+        return {tab.draw: gr.skip()}
+    shown = show_result(tab.result, sessions.library.load(recorded.id), sessions)
+    return {part: shown[part] for part in tab.result.drawn if part in shown}
+
+
+async def _shown(
+    tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label: str, watch: Watch | None = None
+) -> AsyncIterator[dict[Any, Any]]:
     """What happens in the lanes, frame by frame, until the run is over. `label` stands for the engine's name."""
     views = {name: LaneView(name) for name in tab.lanes}
     words, share = "Waiting until the engines are ready" if isinstance(run, BackgroundRun) else label, 0.0
@@ -367,10 +490,13 @@ async def _shown(tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label:
         **{lane.chat: [] for lane in tab.lanes.values()},
         **{lane.tiles: views[name].tiles_html() for name, lane in tab.lanes.items()},
     }
+    alarm = asyncio.get_running_loop().call_later(watch.seconds, watch.time_up) if watch else None
     try:
         async for events in run.new_events(FRAME_SECONDS):
             frame: dict[Any, Any] = {}
             for event in events:
+                if watch:
+                    watch.take(event)
                 for view in views.values():
                     view.take(event)
                 if isinstance(event, TrialStarted) and event.done > done:  # of several at once, whoever is first
@@ -386,13 +512,15 @@ async def _shown(tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label:
                 yield frame
     finally:
         run.stop()  # the visitor left: what runs for nobody must not go on
+        if alarm:
+            alarm.cancel()
     for view in views.values():
         view.close()
     yield _changed_lanes(tab, views, prompt)
 
 
-def _choices(sessions: Sessions, experiment: str) -> list[tuple[str, str]]:
-    return [(entry.words, entry.id) for entry in sessions.library.entries(experiment)]
+def _choices(sessions: Sessions, experiment: str, session: str = "") -> list[tuple[str, str]]:
+    return [(entry.words, entry.id) for entry in sessions.entries(experiment, session)]
 
 
 def _busy(tab: Tab) -> dict[Any, Any]:
@@ -417,13 +545,14 @@ def _changed_lanes(tab: Tab, views: dict[str, LaneView], prompt: str) -> dict[An
         if view.changed:
             view.changed = False
             frame[tab.lanes[name].chat] = view.messages(prompt)
-            frame[tab.lanes[name].tiles] = view.tiles_html()
+            if view.tiles_due(monotonic_clock()):
+                frame[tab.lanes[name].tiles] = view.tiles_html()
     return frame
 
 
 def _finished(tab: Tab, background: BackgroundRun, sessions: Sessions) -> dict[Any, Any]:
     frame = _idle(tab)
-    result = background.result
+    result = background.result and plain_result(background.result)  # servers and engines choose some of its words
     if result is None:
         reason = f"{type(background.failure).__name__}: {background.failure}" if background.failure else "no result"
         return frame | {tab.progress: problem_html(f"The run broke off because of a fault in this app. {reason}")}
@@ -434,35 +563,95 @@ def _finished(tab: Tab, background: BackgroundRun, sessions: Sessions) -> dict[A
             words = f"{reason.partition(':')[0]} before anything was measured."
         cost = f"This run: {spent_words(result.spent)}" if result.spent and result.spent.container_seconds else ""
         return frame | {tab.progress: problem_html(words, cost)}
-    result.save(sessions.results)
-    cost = progress_html(f"This run: {spent_words(result.spent)}", None) if result.spent else ""
-    return frame | {tab.progress: cost} | show_result(tab.result, result, sessions)
+    told = progress_html(f"This run: {spent_words(result.spent)}", None) if result.spent else ""
+    try:
+        result.save(sessions.results)
+    except OSError as failure:
+        told += problem_html(
+            f"This run could not be kept: {failure.strerror or failure}. It is shown here and can be downloaded below, "
+            "as long as this page is open. The runs kept earlier are still there."
+        )
+    return frame | {tab.progress: told} | show_result(tab.result, result, sessions)
 
 
-def show_result(view: ResultView, result: ExperimentResult, sessions: Sessions) -> dict[Any, Any]:
-    """A result's sentence, charts, table and files."""
-    json_file = result.save(sessions.files)
-    csv_file, html_file = sessions.files / f"{result.id}.csv", sessions.files / f"{result.id}.html"
-    csv_file.write_bytes(csv_bytes(result))
+def shown_before(view: ResultView, result: ExperimentResult, sessions: Sessions) -> dict[Any, Any]:
+    """The same for a result that many visitors watch: drawn once, as long as it is among the latest."""
+    key = (id(view), id(result))
+    kept: tuple[ExperimentResult, dict[Any, Any]] = sessions.shown.get(
+        key, lambda: (result, show_result(view, result, sessions))
+    )
+    if not (sessions.files / f"{result.id}.html").exists():  # it had to make room; the same names are written again
+        show_result(view, result, sessions)
+    return kept[1]
+
+
+def show_result(view: ResultView, result: ExperimentResult, sessions: Sessions, later: str = "") -> dict[Any, Any]:
+    """A result's sentence, charts, table and files. `later`: the tab that asks for the charts by and by."""
     drawn = figures(result)
-    html_file.write_bytes(figures_html(result, drawn))
-    on = partial(gr.update, interactive=True)
+    files, unwritten = _download_files(result, drawn, sessions)
+    json_file, csv_file, html_file = (files / f"{result.id}.{form}" for form in ("json", "csv", "html"))
+    on = partial(gr.update, interactive=True) if not unwritten else _no_file
     shown: dict[Any, Any] = {}
-    for name, picture in view.pictures.items():
+    waiting = f" data-charts='{later}'" if later else ""
+    for name, picture in view.pictures.items() if not later else ():
         shown[picture.box] = gr.update(visible=name in drawn)
-        shown[picture.plot] = drawn.get(name)
         if name in drawn:
-            points = sessions.files / f"{result.id}-{name}.csv"
-            points.write_bytes(drawn_csv(drawn[name]))
-            shown[picture.csv] = on(value=str(points))
+            figure, lines = without_small_print(drawn[name])
+            shown[picture.plot] = figure
+            told = "<br>".join(escape(unescape(line)) for line in lines)  # a chart's words are escaped already
+            shown[picture.print] = f"<p class='small-print'>{told}</p>"
+            shown[picture.csv] = on(value=str(files / f"{result.id}-{name}.csv"))
     return shown | {
-        view.headline: f"<p class='headline' role='status'>{escape(headline(result))}</p>",
+        view.headline: f"<p class='headline' role='status'{waiting}>{escape(headline(result))}</p>{unwritten}",
         view.table: table_html(result),
         view.run_id: result.id,
+        view.commands: (commands := commands_text(result)),
+        view.copy_commands: gr.update(value=COPY_COMMANDS, interactive=bool(commands)),
+        view.copy_link: gr.update(value=COPY_LINK, interactive=True),
         view.html: on(value=str(html_file)),
         view.json: on(value=str(json_file)),
         view.csv: on(value=str(csv_file)),
     }
+
+
+def _download_files(result: ExperimentResult, drawn: dict[str, Any], sessions: Sessions) -> tuple[Path, str]:
+    """The folder with the result's files, and words of why there are none: a full disk takes no result off the page."""
+    files = sessions.files
+    try:
+        sessions.make_room()
+        result.save(files)
+        (files / f"{result.id}.csv").write_bytes(csv_bytes(result))
+        (files / f"{result.id}.html").write_bytes(figures_html(result, drawn))
+        for name, figure in drawn.items():
+            (files / f"{result.id}-{name}.csv").write_bytes(drawn_csv(figure))
+    except OSError as failure:
+        for path in files.glob(f"{result.id}*"):  # half of them are of no use to anybody
+            path.unlink(missing_ok=True)
+        return files, problem_html(f"There is no file to download: {failure.strerror or failure}.")
+    return files, ""
+
+
+def _no_file(value: str) -> Any:
+    return gr.update(value=None, interactive=False)
+
+
+def without_small_print(figure: Any) -> tuple[Any, list[str]]:
+    """A copy of the figure for the page, and its small print as lines of text. The copy's `meta` has what an export
+    needs to put the print back into the picture."""
+    import plotly.graph_objects as go
+
+    copy = go.Figure(figure)
+    notes = list(copy.layout.annotations)
+    below = [one for one in notes if one.xref == one.yref == "paper" and one.y == 0 and (one.yshift or 0) < 0]
+    if not below or not copy.layout.meta:
+        return copy, []
+    axis = -max(one.yshift for one in below)
+    bottom, height = copy.layout.margin.b, copy.layout.height
+    lines = list(copy.layout.meta["small_print"])
+    kept = {"lines": [one.to_plotly_json() for one in below], "bottom": bottom, "height": height}
+    copy.layout.annotations = [one for one in notes if one not in below]
+    copy.update_layout(meta={"small_print": kept}, height=height - (bottom - axis - 8), margin={"b": axis + 8})
+    return copy, lines
 
 
 def table_html(result: ExperimentResult) -> str:
@@ -489,7 +678,7 @@ def same_answers_html(compared: list[Sameness]) -> str:
     whole = sum(one.agreement.whole for one in compared)
     lines = "".join(
         f"<li>{escape(one.words)}"
-        + ("" if one.agreement.whole else f"<p>… {escape(one.shared[-120:])}<mark>{escape(one.rest)}</mark></p>")
+        + ("" if one.agreement.whole else f"<p>… {escape(one.shared[-120:])}<mark>{shown_rest(one)}</mark></p>")
         + "</li>"
         for one in compared
     )
@@ -497,6 +686,11 @@ def same_answers_html(compared: list[Sameness]) -> str:
         f"<details class='same'><summary>Same answer? {whole} of {len(compared)} comparisons agree to the end"
         f"</summary><ul>{lines}</ul></details>"
     )
+
+
+def shown_rest(one: Sameness) -> str:
+    """The text from where it differs, as much of it as somebody reads."""
+    return escape(one.rest[:LONGEST_ANSWER])
 
 
 def spending_words(told: Spending) -> str:

@@ -90,3 +90,25 @@ def test_a_sleep_ends_at_its_moment() -> None:
         late.append(monotonic_clock() - moment)
     assert 0 <= min(late) < 0.002  # the best of many: others may hold the processor
     sleep_until(monotonic_clock() - 1)  # gone by: no wait, no error
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux stamps")
+@pytest.mark.parametrize("step", [5.0, -5.0])
+def test_what_came_in_before_the_wall_clock_was_set_is_not_stamped_by_it(
+    monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    true = time.time_ns
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as ours:
+        stamp_arrivals(ours)
+        theirs, _ = server.accept()
+        with theirs:
+            offset = WallOffset()
+            theirs.sendall(b"before")
+            time.sleep(0.05)
+            monkeypatch.setattr(time, "time_ns", lambda: true() + int(step * 1e9))
+            offset.read()
+            data, at, delay = receive(ours, 100, offset)
+            assert (data, delay) == (b"before", None)
+            assert abs(at - time.perf_counter()) < 0.5
+            offset.read()  # the clock runs on from there
+            assert offset.steady

@@ -216,8 +216,10 @@ def test_each_arrival_is_told_while_the_answer_still_streams(truth: RunningTruth
 
 
 @contextmanager
-def server(answer: Callable[[socket.socket], None], context: ssl.SSLContext | None = None) -> Iterator[str]:
-    """A server that reads one request per connection and then does `answer`."""
+def server(
+    answer: Callable[[socket.socket], None], context: ssl.SSLContext | None = None, heads: list[bytes] | None = None
+) -> Iterator[str]:
+    """A server that reads one request per connection, keeps it in `heads` and then does `answer`."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -232,7 +234,9 @@ def server(answer: Callable[[socket.socket], None], context: ssl.SSLContext | No
         try:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link = context.wrap_socket(link, server_side=True) if context else link
-            link.recv(65536)
+            head = link.recv(65536)
+            if heads is not None:
+                heads.append(head)
             answer(link)
         except OSError:
             pass
@@ -434,3 +438,83 @@ def test_a_certificate_that_nobody_vouches_for_is_told(authority: trustme.CA) ->
         ((answered,), _) = loaded(base_url, [0.0])
     assert (answered.timeline.error or "").startswith(f"vLLM cannot be reached at {base_url}: ")
     assert "certificate" in (answered.timeline.error or "")
+
+
+# Somebody else's servers: keys, and names that are not looked up again
+
+
+def asked_of(base_url: str, key: str = "", address: str = "") -> Answered:
+    """The answer to one request to an endpoint with a key, or of which the address is known."""
+
+    async def measure() -> list[Answered]:
+        where = Endpoint(ENGINE, base_url, "truth", key, address)
+        async with LoadGenerator(where, silence_seconds=5.0) as load:
+            assert load.pid is not None
+            told.append(" ".join(psutil.Process(load.pid).cmdline()))
+            told.append(repr(psutil.Process(load.pid).environ()))
+            answers, _ = await load.answers([(0.0, Request("question", 3))])
+            return answers
+
+    told: list[str] = []
+    (answered,) = asyncio.run(measure())
+    assert not key or key not in told[0] + told[1]  # where other users of the machine could see it
+    return answered
+
+
+@contextmanager
+def listening(heads: list[bytes], context: ssl.SSLContext | None = None, status: bytes = b"") -> Iterator[str]:
+    """A server that keeps what it was asked, and answers with one token or refuses with all that it was asked."""
+
+    def answer(link: socket.socket) -> None:
+        if status:
+            body = b"no: " + heads[-1]
+            link.sendall(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body))
+            return
+        chunk = b'data: {"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}\n\n'
+        link.sendall(HEAD + b"%x\r\n%s\r\n0\r\n\r\n" % (len(chunk), chunk))
+
+    with server(answer, context, heads) as base_url:
+        yield base_url
+
+
+def test_a_key_goes_with_the_request_and_is_seen_nowhere_else() -> None:
+    heads: list[bytes] = []
+    with listening(heads) as base_url:
+        assert asked_of(f"{base_url}/api", "sk-very-secret").timeline.error is None
+    assert heads[0].startswith(b"POST /api/v1/chat/completions HTTP/1.1\r\n")
+    assert b"\r\nAuthorization: Bearer sk-very-secret\r\n" in heads[0]
+
+
+def test_without_a_key_there_is_no_header_for_it() -> None:
+    heads: list[bytes] = []
+    with listening(heads) as base_url:
+        asked_of(base_url)
+    assert b"Authorization" not in heads[0]
+
+
+def test_a_refusal_that_repeats_the_key_is_told_without_it() -> None:
+    heads: list[bytes] = []
+    with listening(heads, status=b"401 Unauthorized") as base_url:
+        error = asked_of(base_url, "sk-very-secret").timeline.error or ""
+    assert "HTTP 401" in error and "Bearer [key]" in error and "secret" not in error
+
+
+def test_a_known_address_is_called_whatever_the_name_leads_to() -> None:
+    heads: list[bytes] = []
+    with listening(heads) as base_url:
+        port = base_url.rpartition(":")[2]
+        assert asked_of(f"http://innocent.invalid:{port}", address="127.0.0.1").timeline.error is None
+        assert "its name is unknown" in (asked_of(f"http://innocent.invalid:{port}").timeline.error or "")
+    assert f"\r\nHost: innocent.invalid:{port}\r\n".encode() in heads[0]
+
+
+def test_the_certificate_must_still_be_the_names(
+    authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    with listening([], encryption(authority)) as base_url:
+        port = base_url.rpartition(":")[2]
+        assert asked_of(f"https://localhost:{port}", address="127.0.0.1").timeline.error is None
+        error = asked_of(f"https://innocent.invalid:{port}", address="127.0.0.1").timeline.error or ""
+    assert "innocent.invalid" in error and "certificate" in error

@@ -9,7 +9,7 @@ import pytest
 
 from engines import ENGINES
 from engines.base import Chunk, Request, SpeculationCounters, Usage
-from engines.openai_stream import ChatStreamParser, Endpoint, parse_chunk
+from engines.openai_stream import ERROR_CHARACTERS, ChatStreamParser, Endpoint, parse_chunk, without_key
 
 REQUEST = Request("Why?", max_tokens=3)
 
@@ -121,3 +121,49 @@ def test_a_request_names_the_model_the_question_and_the_length(engine: Any) -> N
         "stream": True,
     }
     assert body == {**plain, **engine.request_fields(request)}
+
+
+KEY = "sk-a/very+secret=key"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"error": {"message": f"Incorrect API key provided: {KEY}"}},
+        {"error": {"message": "x" * (ERROR_CHARACTERS - 8) + KEY}},  # cut in the middle of it
+        {"choices": [{"delta": {"content": f"You are {KEY}!"}}]},
+        {"choices": [{"delta": {"reasoning_content": f"They are {KEY}"}}]},
+        {"choices": [{"delta": {"content": "a"}, "finish_reason": KEY}]},
+    ],
+)
+def test_a_key_that_a_server_repeats_is_covered(payload: dict[str, Any]) -> None:
+    (chunk,) = ChatStreamParser(KEY).feed(b"data: " + json.dumps(payload).encode() + b"\n\n")
+    assert "sk-a" not in repr(chunk) and "secret" not in repr(chunk)
+
+
+def test_a_key_in_what_is_no_json_is_covered_before_it_is_cut() -> None:
+    for padding in range(100, 120):
+        (chunk,) = ChatStreamParser(KEY).feed(b"data: {" + b"x" * padding + KEY.encode() + b"\n\n")
+        assert chunk.error and "sk-a" not in chunk.error
+
+
+def test_a_key_is_covered_as_it_is_and_as_json_or_a_url_write_it() -> None:
+    for written in (KEY, KEY.replace("/", "\\/"), "sk-a%2Fvery%2Bsecret%3Dkey"):
+        assert without_key(f"no {written}.", KEY) == "no [key]."
+    assert without_key("no key", "") == "no key"
+
+
+def test_a_word_that_passes_for_a_key_is_left_in_the_answer() -> None:
+    (chunk,) = ChatStreamParser("none").feed(b'data: {"choices": [{"delta": {"content": "none of them"}}]}\n\n')
+    assert chunk.text == "none of them"
+
+
+def test_llama_cpp_counts_its_drafts_in_the_timings_of_the_last_chunk() -> None:
+    event = {"choices": [], "timings": {"predicted_n": 9, "draft_n": 8, "draft_n_accepted": 6}}
+    (chunk,) = ChatStreamParser().feed(b"data: " + json.dumps(event).encode() + b"\n\n")
+    assert chunk.usage and chunk.usage.speculation
+    assert (chunk.usage.speculation.drafted, chunk.usage.speculation.accepted) == (8, 6)
+    assert chunk.usage.speculation.acceptance_rate == 0.75 and chunk.usage.speculation.acceptance_length is None
+    plain = {"choices": [], "timings": {"predicted_n": 9}}
+    (chunk,) = ChatStreamParser().feed(b"data: " + json.dumps(plain).encode() + b"\n\n")
+    assert chunk.usage is None

@@ -31,11 +31,13 @@ from engines.local import LocalHost, Serving, Status
 from engines.modal_cloud import class_name, read_facts, read_stamp
 from engines.openai_stream import ChatStreamParser
 from engines.timeline import Timeline, record
+from engines.url_host import UrlHost
 from experiments.base import Event, Plan, RequestEnded, RunEnded, TokensArrived
 from experiments.baseline import EXPERIMENT
 from experiments.metrics import RequestMetrics
 from experiments.run import run
 from experiments.sameness import same_answers
+from experiments.servers import read_run, read_server
 from experiments.speculation import EXPERIMENT as SPECULATION
 from experiments.speculation import SpeculationPlan
 from experiments.wire import Order, decoded, order_to_json
@@ -334,3 +336,20 @@ def listening_process(port: int) -> psutil.Process:
         if any(link.status == "LISTEN" and link.laddr.port == port for link in process.net_connections("tcp")):
             return process
     raise AssertionError(f"no process of ours listens on {port}")
+
+
+def test_a_real_server_is_measured_by_its_address_as_somebody_elses(serving: Serving) -> None:
+    """What the other host knows of it counts, not what this one does: only the address is given."""
+    name = serving.endpoint.engine.name
+    # Transformers' list holds what lies in the hub's cache, and not the folder that it serves.
+    server = read_server(1, "any", serving.endpoint.base_url, "", serving.endpoint.model)
+    values = {"repeats": 1, "warmups": 1, "max_tokens": TOKENS}
+    plan, machine = read_run(EXPERIMENT, UrlHost(), (server,), values)
+    result = asyncio.run(run(EXPERIMENT, plan, machine, lambda event: None))
+    (row,), (measured,) = result.engines, result.measured("server-1")
+    assert row.error is None and measured.timeline.error is None
+    assert measured.metrics.output_tokens == TOKENS and measured.metrics.decode_speed
+    known = {"vllm": "vllm", "sglang": "sglang", "transformers": "any"}
+    assert row.config["preset"] == known[name]
+    counted = "final usage" if name == "transformers" else "per chunk"
+    assert measured.timeline.token_source == counted

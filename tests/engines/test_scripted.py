@@ -24,13 +24,18 @@ SCRIPTS = {
 }
 # These begin to serve; "exit at start" and "never ready" do not, and are seen by the host alone.
 FAULTS_WHILE_SERVING = (
+    "http 429",
     "http 500",
+    "http 503",
     "exit in mid-stream",
     "close in mid-stream",
+    "half a chunk",
+    "reset",
     "not json",
     "error event",
     "no tokens",
     "hang",
+    "key in the answer",
 )
 
 
@@ -92,6 +97,10 @@ def test_reasoning_comes_first_and_is_not_part_of_the_text(engines: Engines) -> 
     ("fault", "arrivals", "error"),
     [
         ("http 500", 0, 'Scripted refused the request with HTTP 500: {"error": {"message": "the script says so"}}'),
+        ("http 429", 0, "Scripted refused the request with HTTP 429: "),
+        ("http 503", 0, "Scripted refused the request with HTTP 503: "),
+        ("half a chunk", 5, "Scripted broke off the answer: the connection was closed."),
+        ("reset", 5, "Scripted broke off the answer: Connection reset by peer."),
         ("exit in mid-stream", 5, "Scripted broke off the answer: "),
         ("close in mid-stream", 5, "Scripted broke off the answer: "),
         ("not json", 5, "The engine sent something that is not JSON: {broken"),

@@ -289,3 +289,22 @@ def test_a_very_long_prompt_is_shown_without_its_middle() -> None:
     shown = view.messages("")[0]["content"]
     assert len(shown) < 500
     assert shown.startswith("poem") and shown.endswith("What is a token?") and "2,004 words in all" in shown
+
+
+def test_tiles_are_sent_four_times_a_second_at_most_and_always_at_an_answers_end() -> None:
+    view = LaneView("quick")
+    take(view, TrialStarted("quick", Trial("repeat 1", 1, False, ("Go.",)), 1, 0), RequestStarted("quick", 0))
+    assert view.tiles_due(10.0)
+    assert not view.tiles_due(10.2)
+    assert view.tiles_due(10.26)
+    view.in_flight = 0
+    assert view.tiles_due(10.27)
+    view.in_flight = 1
+    view.close()
+    assert view.tiles_due(10.28)
+
+
+def test_only_the_words_of_a_light_are_announced_not_its_stopwatch(scripted: MakeEngine) -> None:
+    head = head_html(scripted("quick"), Status(light="starting", phase="loading weights", since=0.0))
+    announced = head.split("role='status'>")[1].split("</span>")[0]
+    assert announced == "starting: loading weights"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
+from ui.public import Load, PublicRules, Tally, Use
 from ui.session import Sessions, Turn
 
 NOW = 0.01  # seconds of patience: long enough for a turn that has come, short enough for one that has not
@@ -122,5 +124,109 @@ def test_a_visitor_who_has_finished_can_come_again() -> None:
                 assert await turn.came(NOW)
                 assert not turn.given_up
             sessions.stop("me")  # pressing Stop when nothing runs
+
+    asyncio.run(main())
+
+
+# Where somebody stands, and how long it takes
+
+
+def load(tokens: int = 1000) -> Load:
+    return Load("baseline", 10, tokens)
+
+
+def timed_tally(seconds_per_1000_tokens: float) -> Tally:
+    tally = Tally()
+    tally.add(Use("x", runs=1, experiment="baseline", planned_tokens=1000, seconds=seconds_per_1000_tokens))
+    return tally
+
+
+def test_everybody_in_line_sees_their_place_which_moves_as_others_leave() -> None:
+    async def main() -> None:
+        sessions = Sessions()
+        async with sessions.turn("first") as first, sessions.turn("third") as third:
+            second_place = sessions.turn("second")
+            second = await second_place.__aenter__()
+            assert [sessions.place(turn).number for turn in (first, third, second)] == [0, 1, 2]
+            assert sessions.place(third).words == "Another run is under way; yours is next in line."
+            assert sessions.place(second).words == "You are number 2 in line. Others run before you."
+            await second_place.__aexit__(None, None, None)
+            async with sessions.turn("fourth") as fourth:
+                assert sessions.place(fourth).number == 2
+
+    asyncio.run(main())
+
+
+def test_the_wait_is_that_of_the_plans_ahead_less_what_has_passed() -> None:
+    async def main() -> None:
+        sessions = Sessions(tally=timed_tally(60.0))
+        async with (
+            sessions.turn("a", "A", load(1000)) as running,
+            sessions.turn("b", "B", load(2000)) as next_one,
+            sessions.turn("c", "C", load()) as last,
+        ):
+            assert running.began is not None
+            running.began -= 30
+            assert 28 < (sessions.place(next_one).seconds or 0) <= 30
+            assert 148 < (sessions.place(last).seconds or 0) <= 150
+            assert sessions.place(last).words == "You are number 2 in line; about 3 minutes."
+            running.began -= 300  # it takes longer than foreseen, and nobody's wait is less than nothing
+            assert sessions.place(next_one).seconds == 0.0
+            assert sessions.place(next_one).words.endswith("yours is next in line; less than a minute.")
+
+    asyncio.run(main())
+
+
+def test_a_wait_that_nobody_can_know_is_not_made_up() -> None:
+    async def main() -> None:
+        sessions = Sessions(tally=timed_tally(60.0))
+        unknown = Load("speculation", 10, 1000)  # no run of it was ever finished here
+        async with sessions.turn("a", "A", unknown), sessions.turn("b", "B", load()), sessions.turn("c") as last:
+            assert sessions.place(last).seconds is None
+            assert "minute" not in sessions.place(last).words
+
+    asyncio.run(main())
+
+
+# Public mode
+
+
+def test_in_public_mode_a_visitor_has_one_place_and_the_line_an_end() -> None:
+    async def main() -> None:
+        sessions = Sessions(rules=replace(PublicRules(), line=2))
+        assert sessions.refusal("A", load()) == ""
+        async with sessions.turn("a", "A", load()):
+            assert "a run in line already" in sessions.refusal("A", load())
+            assert sessions.refusal("B", load()) == ""
+            async with sessions.turn("b", "B", load()):
+                assert "The line is full: 2 visitors" in sessions.refusal("C", load())
+            assert sessions.refusal("C", load()) == ""
+        assert sessions.refusal("A", load()) == ""
+
+    asyncio.run(main())
+
+
+def test_on_a_page_of_ones_own_nothing_is_refused() -> None:
+    async def main() -> None:
+        sessions = Sessions()
+        sessions.tally.add(Use("A", runs=10_000, requests=10**9, tokens=10**9))
+        async with sessions.turn("a", "A", load()):
+            assert sessions.refusal("A", load()) == sessions.refusal_at_turn("A", load()) == ""
+
+    asyncio.run(main())
+
+
+def test_the_owners_run_is_let_before_those_that_wait_and_after_the_one_that_runs() -> None:
+    async def main() -> None:
+        sessions = Sessions(rules=PublicRules())
+        async with sessions.turn("a", "A") as running, sessions.turn("b", "B") as waiting:
+            own_place = sessions.turn("own", "own")
+            own = await own_place.__aenter__()
+            assert sessions.to_front("own")
+            assert [sessions.place(turn).number for turn in (running, own, waiting)] == [0, 1, 2]
+            assert not await own.came(NOW)
+            assert not sessions.to_front("a") and not sessions.to_front("nobody")
+            await own_place.__aexit__(None, None, None)
+            assert not await waiting.came(NOW)
 
     asyncio.run(main())

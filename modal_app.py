@@ -6,7 +6,7 @@ environment apart from Modal's own Python. A class is parametrised by model and 
 has containers of its own; the GPU is chosen at call time. Measuring happens inside: see `experiments/container.py`.
 
 Deploying reads these variables: HF_TOKEN (for models that ask for one), BAKEOFF_BUDGET_RUN, BAKEOFF_BUDGET_VISITOR and
-BAKEOFF_BUDGET_DAY (in $; what the public page may spend).
+BAKEOFF_BUDGET_DAY (in $; what the public page may spend), BAKEOFF_ADMIN_TOKEN and BAKEOFF_PUBLIC_... (other limits).
 """
 
 # No `from __future__ import annotations`: modal reads the parameters' types from the class itself.
@@ -40,6 +40,7 @@ PAGE_SECONDS = 24 * 3600
 PARTS = ("engines", "experiments", "demo_model")
 PAGE_PARTS = (*PARTS, "ui", "recordings")
 IGNORED = ["**/__pycache__/**", "**/*.pyc"]
+ADMIN_TOKEN = "BAKEOFF_ADMIN_TOKEN"
 BUDGETS = {"BAKEOFF_BUDGET_RUN": "1", "BAKEOFF_BUDGET_VISITOR": "2", "BAKEOFF_BUDGET_DAY": "10"}
 
 # What an engine compiles or downloads is kept here from one container to the next.
@@ -62,7 +63,11 @@ weights = modal.Volume.from_name(f"{APP_NAME}-weights", create_if_missing=True)
 compiled = modal.Volume.from_name(f"{APP_NAME}-compiled", create_if_missing=True)
 results = modal.Volume.from_name(f"{APP_NAME}-results", create_if_missing=True)
 token = modal.Secret.from_dict({"HF_TOKEN": os.environ.get("HF_TOKEN", "")})
-budgets = modal.Secret.from_dict({name: os.environ.get(name, default) for name, default in BUDGETS.items()})
+rules: dict[str, str | None] = {
+    name: value for name, value in os.environ.items() if name.startswith("BAKEOFF_PUBLIC_") or name == ADMIN_TOKEN
+}
+limits = {name: os.environ.get(name, default) for name, default in BUDGETS.items()}
+budgets = modal.Secret.from_dict({**limits, **rules})
 
 
 def engine_image(engine: Engine) -> modal.Image:

@@ -28,7 +28,7 @@ SNAPSHOTS = ["VllmEngineSnapshot", "SglangEngineSnapshot"]
 def deployed() -> Iterator[tuple[ControlPlane, str]]:
     """After `modal deploy modal_app.py`, as its users type it: the control plane, and what was printed."""
     with running_control_plane() as (plane, url):
-        budget = {"BAKEOFF_BUDGET_DAY": "25", "HF_TOKEN": "secret-of-mine"}
+        budget = {"BAKEOFF_BUDGET_DAY": "25", "HF_TOKEN": "secret-of-mine", "BAKEOFF_PUBLIC_RUNS_PER_HOUR": "3"}
         ended = subprocess.run(
             [sys.executable, "-m", "modal", "deploy", "modal_app.py"],
             cwd=PROJECT,
@@ -112,7 +112,8 @@ def test_the_page_is_one_container_for_many_visitors_and_has_no_gpu(deployed: tu
     assert not page.webhook_config.requires_proxy_auth  # a public page: its budgets guard it
     assert not page.resources.gpu_config.count
     assert plane.mounted_volumes(page) == {"/cache/results": f"{APP_NAME}-results"}
-    assert plane.secret_keys(page) == {"BAKEOFF_BUDGET_RUN", "BAKEOFF_BUDGET_VISITOR", "BAKEOFF_BUDGET_DAY"}
+    budgets = {"BAKEOFF_BUDGET_RUN", "BAKEOFF_BUDGET_VISITOR", "BAKEOFF_BUDGET_DAY"}
+    assert plane.secret_keys(page) == budgets | {"BAKEOFF_PUBLIC_RUNS_PER_HOUR"}
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_speculation_runs_each_engine_without_and_with_and_marks_the_steps(
     table = page.locator("#speculation-table")
     expect(table).to_contain_text("Quick script, n-gram look-up, 2 tokens")
     expect(table).to_contain_text("×")
-    expect_charts(page, "speculation", "speed", "acceptance", "sweep")
+    expect_charts(page, "speculation", "speed", "acceptance", "sweep", "start")
     expect(table.locator(".same summary")).to_contain_text("agree to the end")
     picture(page, "speculation")
 
@@ -88,7 +88,7 @@ def test_prefix_caching_shows_the_first_token_run_by_run(scripted_app: RunningAp
 
     run(page, "prefix-caching")
 
-    expect_charts(page, "prefix-caching", "ttft", "cached")
+    expect_charts(page, "prefix-caching", "ttft", "cached", "start")
     expect(page.locator("#prefix-caching-table")).to_contain_text("2,0")  # tokens of the prompts with the prefix
     expect(page.locator("#prefix-caching-chat-quick")).to_contain_text("words in all")
     picture(page, "prefix-caching")
@@ -102,7 +102,7 @@ def test_concurrency_draws_every_request(scripted_app: RunningApp, open_page: Op
 
     run(page, "concurrency")
 
-    expect_charts(page, "concurrency", "throughput", "ttft", "flight", "in_flight")
+    expect_charts(page, "concurrency", "throughput", "ttft", "flight", "in_flight", "start")
     expect(page.locator("#concurrency-headline")).to_contain_text("At 4 users")
     with page.expect_download() as waiting:
         page.locator("#concurrency-flight-png").click()
@@ -145,7 +145,7 @@ def test_results_are_opened_shared_by_a_link_added_deleted_and_packed(
 
     page.goto(f"{scripted_app.url()}?run={file.stem}")
     expect(page.locator("#results-baseline-headline .headline")).to_contain_text("tok/s", timeout=20_000)
-    expect_charts(page, "results-baseline", "speed")
+    expect_charts(page, "results-baseline", "speed", "start")
     picture(page, "results")
 
     theirs = json.loads(file.read_text())

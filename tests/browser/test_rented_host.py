@@ -335,7 +335,7 @@ def test_what_fails_at_the_start_is_told_with_its_next_step(same_page: Page, fai
 
     words = FAILURES_AT_THE_START[failure]
     expect(page.locator("#baseline-head-vllm .problem")).to_contain_text(words)
-    expect(page.locator("#baseline-chat-vllm .message.bot").last).to_contain_text(words.replace("`", ""))
+    expect(page.locator("#baseline-chat-vllm .message.bot").last).to_contain_text(words)
     expect(page.locator("#baseline-head-vllm")).to_contain_text("Press Run to try again")
     expect(page.locator("#baseline-progress .problem-box")).to_contain_text("Nothing could be measured")
     expect_over(page)

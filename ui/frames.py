@@ -15,6 +15,12 @@ VISITORS_AT_ONCE = 400
 SESSIONS_KEPT = 250
 
 
+def for_another(frame: dict[Any, Any]) -> dict[Any, Any]:
+    """A frame that several visitors get. Gradio takes the value out of an update as it sends it, so that the second one
+    would find none: each gets updates of its own."""
+    return {part: dict(told) if isinstance(told, dict) else told for part, told in frame.items()}
+
+
 class _Described(BlocksConfig):
     """What a page is made of. Gradio copies it for each visitor and describes every component anew, which took 80 ms
     of the page's loop; a component as it was built is described once."""

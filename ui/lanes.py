@@ -227,7 +227,7 @@ class LaneView:
         thoughts = "".join(arrival.text for arrival in self.arrivals if arrival.reasoning)
         if thoughts:
             answer = f"*Thinking:* {thoughts}\n\n{answer}"
-        shown = [{"role": "user", "content": shortened(prompt)}]
+        shown = [{"role": "user", "content": shortened(prompt)}] if prompt else []
         if answer:
             shown.append({"role": "assistant", "content": readable(answer)})
         if self.error:

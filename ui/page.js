@@ -81,7 +81,10 @@ window.bakeoff = (() => {
     }
   }
 
-  setInterval(() => { moveStopwatches(); askForCharts(); quieten(); }, 250);
+  setInterval(() => { moveStopwatches(); askForCharts(); }, 250);
+  // As it comes, so that nobody who uses the page without seeing it meets it before it is mended.
+  new MutationObserver(changes => { if (changes.some(change => [...change.addedNodes].some(node => node.nodeType === 1))) quieten(); })
+    .observe(document.documentElement, { childList: true, subtree: true });
 
   document.addEventListener('pointerover', event => {
     const tile = event.target.closest?.('.tile:not([title])');

@@ -34,7 +34,8 @@ from ui.results import RESULTS, open_runs, refresh_lists, results_tab
 from ui.servers import servers_panel
 from ui.session import Sessions
 from ui.sharing import Previews, SocialTags
-from ui.tab import experiment_tab, wire_opening
+from ui.shown_first import linked_frame, run_of_link, wire_opening
+from ui.tab import experiment_tab
 from ui.theme import css, head, theme
 
 TITLE = "LLM Inference Bake-Off"
@@ -61,9 +62,11 @@ def build_app(
                 entrances.append(entrance)
             with gr.Tab("Results", id=RESULTS) as last:
                 results = results_tab(sessions)
+        seen = []
         for place, (experiment, tab, entrance) in enumerate(zip(EXPERIMENTS, tabs, entrances, strict=True)):
             # The first tab is there with the page; the others are when somebody opens them.
-            wire_opening(experiment, sessions, tab, [entrance.select] if place else [page.load, entrance.select])
+            events = [entrance.select] if place else [page.load, entrance.select]
+            seen.append(wire_opening(experiment, sessions, tab, events))
         refresh_lists(sessions, results, last)
         if rules and rules.admin_token:
             owners_panel(host, sessions)
@@ -91,16 +94,22 @@ def build_app(
             host.page_closed(request.session_hash or "")
 
         def linked(request: gr.Request) -> Any:
-            """A link with ?run=ID opens that run."""
+            """A link with ?run=ID opens that run: in its experiment's tab, or among the results where that has no lane
+            for its engines; those also say that there is no such run."""
             run = request.query_params.get("run")
             if not run:
                 return {all_tabs: gr.skip()}
+            for experiment, tab, remembered in zip(EXPERIMENTS, tabs, seen, strict=True):
+                if result := run_of_link(request, sessions, experiment, tab):
+                    frame = linked_frame(experiment, host, sessions, tab, result)
+                    return {all_tabs: gr.update(selected=experiment.name), remembered: True} | frame
             opened = open_runs(sessions, results, run, session=request.session_hash or "")
             return {all_tabs: gr.update(selected=RESULTS)} | opened
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         page.load(opened, None, None, **quiet)
-        page.load(linked, None, [all_tabs, *results.outputs], **quiet)
+        shared = [part for tab in tabs for part in (tab.recorded, *tab.inputs, *tab.outputs)]
+        page.load(linked, None, list(dict.fromkeys([all_tabs, *results.outputs, *seen, *shared])), **quiet)
         page.unload(closed)
     return page
 

@@ -6,7 +6,7 @@ Controls and charts follow from the experiment's own tables of settings and char
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape, unescape
@@ -22,10 +22,9 @@ from engines.spending import Spent, dollars
 from engines.url_host import UrlHost
 from experiments.background import AnyHost, BackgroundRun
 from experiments.base import RACE, Experiment, Host, Plan, PlanError, Setting, Spending, TrialStarted
-from experiments.kept import once
 from experiments.plain import plain_result
 from experiments.rented import BUDGET_WORDS, RentedMachine, read_rent, rent_settings
-from experiments.replay import ReplayedRun, schedule
+from experiments.replay import ReplayedRun
 from experiments.report import (
     SPREAD,
     commands_text,
@@ -41,6 +40,7 @@ from experiments.result import ExperimentResult, ResultError, engine_of
 from experiments.sameness import Sameness, same_answers
 from experiments.servers import POLITE, read_run, read_servers, url_settings
 from ui.diagrams import diagram
+from ui.frames import for_another
 from ui.lanes import LONGEST_ANSWER, Lane, LaneView, build_lane
 from ui.public import Watch, address_of, load_of
 from ui.session import Sessions
@@ -413,69 +413,6 @@ async def replay_in_tab(
         yield ended | await asyncio.to_thread(shown_before, tab.result, result, sessions)
 
 
-def wire_opening(experiment: Experiment, sessions: Sessions, tab: Tab, events: list[Callable[..., Any]]) -> None:
-    """Show the recording when one of `events` first happens; what a visitor has run since is never replaced by it."""
-    seen = gr.State(False)
-    opening = once(partial(opening_frame, experiment, sessions, tab))  # the same for every visitor
-    pictures = once(partial(opening_pictures, experiment, sessions, tab))
-
-    def show(before: bool) -> dict[Any, Any]:
-        return {seen: True} if before else {seen: True, **opening()}
-
-    for event in events:
-        event(
-            show,
-            seen,
-            [seen, tab.recorded, *tab.outputs],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-
-    def draw(shown: str) -> dict[Any, Any]:
-        recorded = sessions.library.recording(experiment.name)
-        mine = recorded is not None and shown == recorded.id  # and not a run that has been made since
-        return pictures() if mine else {tab.draw: gr.skip()}
-
-    tab.draw.click(
-        draw,
-        tab.result.run_id,
-        [tab.draw, *tab.result.drawn],
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
-    )
-
-
-def opening_frame(experiment: Experiment, sessions: Sessions, tab: Tab) -> dict[Any, Any]:
-    """What a visitor finds before running anything: the recording that came with the app, as it stood at its end."""
-    recorded = sessions.library.recording(experiment.name)
-    if recorded is None:
-        return {}
-    result = sessions.library.load(recorded.id)
-    views = {name: LaneView(name) for name in tab.lanes}
-    for _, event in schedule(result):
-        for view in views.values():
-            view.take(event)
-    for view in views.values():
-        view.close()
-    words = f"Recorded, not live: {result.source_line}. Press Run to measure anew."
-    return _changed_lanes(tab, views, "") | {
-        tab.progress: progress_html(words, None),
-        tab.recorded: gr.update(choices=[(recorded.words, recorded.id)], value=recorded.id),
-        **show_result(tab.result, result, sessions, later=experiment.name),
-    }
-
-
-def opening_pictures(experiment: Experiment, sessions: Sessions, tab: Tab) -> dict[Any, Any]:
-    """The charts of that recording, which bring the plotting library with them: sent once they come into sight."""
-    recorded = sessions.library.recording(experiment.name)
-    if recorded is None:
-        return {tab.draw: gr.skip()}
-    shown = show_result(tab.result, sessions.library.load(recorded.id), sessions)
-    return {part: shown[part] for part in tab.result.drawn if part in shown}
-
-
 async def _shown(
     tab: Tab, run: BackgroundRun | ReplayedRun, prompt: str, label: str, watch: Watch | None = None
 ) -> AsyncIterator[dict[Any, Any]]:
@@ -507,7 +444,7 @@ async def _shown(
                     cost = spending_words(event)
                 if isinstance(event, TrialStarted | Spending):
                     frame[tab.progress] = progress_html(words, share, cost)
-            frame |= _changed_lanes(tab, views, prompt)
+            frame |= changed_lanes(tab, views, prompt)
             if frame:  # Gradio takes no empty one
                 yield frame
     finally:
@@ -516,7 +453,7 @@ async def _shown(
             alarm.cancel()
     for view in views.values():
         view.close()
-    yield _changed_lanes(tab, views, prompt)
+    yield changed_lanes(tab, views, prompt)
 
 
 def _choices(sessions: Sessions, experiment: str, session: str = "") -> list[tuple[str, str]]:
@@ -539,7 +476,7 @@ def _title(event: TrialStarted, views: dict[str, LaneView], tab: Tab) -> str:
     return row.title if row else tab.lanes[engine].engine.label if engine in tab.lanes else engine
 
 
-def _changed_lanes(tab: Tab, views: dict[str, LaneView], prompt: str) -> dict[Any, Any]:
+def changed_lanes(tab: Tab, views: dict[str, LaneView], prompt: str) -> dict[Any, Any]:
     frame: dict[Any, Any] = {}
     for name, view in views.items():
         if view.changed:
@@ -582,7 +519,7 @@ def shown_before(view: ResultView, result: ExperimentResult, sessions: Sessions)
     )
     if not (sessions.files / f"{result.id}.html").exists():  # it had to make room; the same names are written again
         show_result(view, result, sessions)
-    return kept[1]
+    return for_another(kept[1])
 
 
 def show_result(view: ResultView, result: ExperimentResult, sessions: Sessions, later: str = "") -> dict[Any, Any]:

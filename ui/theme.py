@@ -33,7 +33,7 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill="#0f766e",
         button_primary_background_fill_hover="#115e59",
         button_primary_background_fill_dark="#0f766e",
-        button_primary_background_fill_hover_dark="#14877e",
+        button_primary_background_fill_hover_dark="#115e59",
         button_cancel_background_fill="#ffffff",
         button_cancel_background_fill_dark="#151b23",
         button_cancel_border_color="#d0d7e0",

@@ -143,7 +143,11 @@ def test_results_are_opened_shared_by_a_link_added_deleted_and_packed(
     file = tmp_path / waiting.value.suggested_filename
     waiting.value.save_as(file)
 
-    page.goto(f"{scripted_app.url()}?run={file.stem}")
+    page.get_by_role("tab", name="Results", exact=True).click()
+    page.locator("#results-run input").click()
+    page.get_by_role("option").first.click()
+    page.locator("#results-open").click()
+    expect(page.locator("#results-said")).to_contain_text(f"?run={file.stem}")
     expect(page.locator("#results-baseline-headline .headline")).to_contain_text("tok/s", timeout=20_000)
     expect_charts(page, "results-baseline", "speed", "start")
     picture(page, "results")
@@ -166,3 +170,42 @@ def test_results_are_opened_shared_by_a_link_added_deleted_and_packed(
     expect(page.locator("#results-said")).to_contain_text("Deleted from-somebody-else")
     page.goto(f"{scripted_app.url()}?run=from-somebody-else")
     expect(page.locator("#results-said")).to_contain_text(re.compile("There is no run called"))
+
+
+def test_a_link_shows_what_the_author_of_the_run_saw(scripted_app: RunningApp, open_page: OpenPage) -> None:
+    author = open_page(scripted_app.url())
+    open_tab(author, "Speculative decoding", "speculation")
+    set_text(author, "speculation-prompt", "One question.\nAnother one.")
+    author.get_by_label("A look-up in the text so far (n-gram)").check()
+    set_text(author, "speculation-draft-tokens", "2")
+    author.get_by_role("checkbox", name="Bursty").uncheck()
+    set_number(author, "Repeats", "1")
+    set_number(author, "Answer length", "24")
+    author.locator("#speculation-run").click()
+    expect(author.locator("#speculation-headline .headline")).not_to_be_empty(timeout=60_000)
+    run = author.locator("#speculation-run-id textarea").input_value()
+
+    page = open_page(scripted_app.url())
+    page.goto(f"{scripted_app.url()}?run={run}")
+
+    expect(page.locator("#speculation-progress")).to_contain_text("From a link, not live", timeout=20_000)
+    for place in ("headline", "table"):
+        theirs = author.locator(f"#speculation-{place}").inner_text()
+        assert theirs
+        expect(page.locator(f"#speculation-{place}")).to_have_text(theirs, use_inner_text=True)
+    picture(page, "from-a-link")
+    for lane in ("quick", "slow"):
+        theirs, ours = (one.locator(f"#speculation-chat-{lane} .message").all_inner_texts() for one in (author, page))
+        assert ours == theirs != []
+    assert page.locator("#speculation-chat-bursty .message").count() == 0  # it was not asked
+    expect_charts(page, "speculation", "speed", "acceptance", "start")
+    assert page.locator("#speculation-prompt textarea").input_value() == "One question.\nAnother one."
+    page.locator("#speculation-settings").get_by_role("button", name="Settings").click()
+    assert page.locator("#speculation-draft-tokens input").input_value() == "2"
+    assert not page.get_by_role("checkbox", name="Bursty").is_checked()
+    assert run in page.locator("#speculation-run-id textarea").input_value()
+
+    page.get_by_role("tab", name="Baseline").click()  # the other tabs are as ever
+    expect(page.locator("#baseline-run")).to_be_enabled()
+    page.get_by_role("tab", name="Speculative decoding").click()
+    expect(page.locator("#speculation-headline .headline")).to_be_visible()

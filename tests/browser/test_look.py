@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -163,8 +164,22 @@ def test_who_wants_no_motion_sees_the_end_of_the_recording(recorded_app: Running
 def test_a_link_to_a_run_plays_nothing(recorded_app: RunningApp, open_page: OpenPage) -> None:
     page = open_page(recorded_app.url())
     page.goto(f"{recorded_app.url()}?run={next(RECORDINGS.glob('baseline-*')).stem}")
-    expect(page.locator("#results-baseline-headline .headline")).to_be_visible(timeout=20_000)
+    expect(page.locator("#baseline-progress")).to_contain_text("From a link, not live", timeout=20_000)
     assert page.locator(".opening-bar").count() == 0
+
+
+def test_every_visitor_finds_the_recording_to_be_replayed_and_its_files(
+    recorded_app: RunningApp, open_page: OpenPage
+) -> None:
+    for _ in range(2):  # the second one is sent what was made for the first
+        page = open_page(recorded_app.url())
+        expect(page.locator("#baseline-progress")).to_contain_text("Recorded, not live", timeout=20_000)
+        expect(page.locator("#baseline-recorded input")).to_have_value(re.compile("came with the app"))
+        with page.expect_download() as waiting:
+            page.locator("#baseline-json").click()
+        assert waiting.value.suggested_filename.startswith("baseline-")
+        page.locator("#baseline-headline").scroll_into_view_if_needed()
+        expect(page.locator("#baseline-speed-chart .js-plotly-plot")).to_be_visible(timeout=20_000)
 
 
 # The keyboard, and what is read aloud

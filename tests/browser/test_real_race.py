@@ -51,7 +51,9 @@ def test_a_recording_is_shown_before_any_engine_is_ready(app: RunningApp, open_p
         # Three engines start meanwhile on the same two cores.
         told = expect(page.locator(f"#{name}-progress"))
         told.to_contain_text("Recorded, not live: inference-explainer", timeout=60_000)
-        expect(page.locator(f"#{name}-{experiment.charts[0].name}-chart .main-svg").first).to_be_visible()
+        page.locator(f"#{name}-headline").scroll_into_view_if_needed()  # which asks for the charts
+        chart = page.locator(f"#{name}-{experiment.charts[0].name}-chart .main-svg").first
+        expect(chart).to_be_visible(timeout=30_000)
         assert page.locator(f"#{name}-table tbody tr").count() >= len(NAMES)
         for engine in NAMES:
             assert len(page.locator(f"#{name}-chat-{engine} .message.bot").last.inner_text()) > 50

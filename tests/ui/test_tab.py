@@ -31,7 +31,6 @@ from ui.session import Sessions
 from ui.tab import (
     Tab,
     experiment_tab,
-    opening_frame,
     prices_html,
     problem_html,
     read_plan,
@@ -106,27 +105,6 @@ def answers(frames: list[Frame], tab: Tab, name: str) -> list[str]:
     """What the engine's lane showed as its answer, frame by frame."""
     chat = tab.lanes[name].chat
     return [frame[chat][-1]["content"] for frame in frames if len(frame.get(chat, [])) > 1]
-
-
-def test_a_visitor_finds_the_recording_at_its_end_and_labelled_as_one(host: LocalHost, tmp_path: Path) -> None:
-    recorded = result_of(one=[100.0, 200.0], two=[50.0])
-    recorded.save(tmp_path / "recordings")
-    sessions = Sessions(tmp_path / "results", tmp_path / "recordings")
-    tab = tab_over(host)
-
-    frame = opening_frame(EXPERIMENT, sessions, tab)
-
-    assert "Recorded, not live: test-model · Test CPU, 2 cores · 2026-11-23." in frame[tab.progress]
-    assert headline(recorded) in frame[tab.result.headline].replace("&#x27;", "'")
-    assert "Mean of 2 runs" in frame[tab.lanes["one"].tiles]
-    assert frame[tab.lanes["two"].chat][-1]["role"] == "assistant"
-    assert frame[tab.recorded]["value"] == recorded.id
-    assert not {tab.run, tab.stop, tab.replay} & set(frame)  # nobody's run is touched
-
-
-def test_an_own_run_is_no_recording(host: LocalHost, tmp_path: Path) -> None:
-    result_of(one=[100.0]).save(tmp_path / "results")
-    assert opening_frame(EXPERIMENT, Sessions(tmp_path / "results", tmp_path / "none"), tab_over(host)) == {}
 
 
 def saved(frame: Frame, tab: Tab) -> ExperimentResult:

@@ -3,6 +3,9 @@
 An environment lives in `<cache>/environments/<engine>-<device>-<hash of its pins>`; a marker written last says
 that it is whole. What lacks the marker, or no longer holds every pinned distribution, is removed and made again.
 A file lock keeps two apps from making one environment at once.
+
+On a machine without a network `packing` has put one at `<cache>/environments/<engine>-<device>-packed`. It is used as
+it is and never made again: its pins are its marker's, and some of its packages, torch among them, are the machine's.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
@@ -81,6 +84,8 @@ def environment_name(engine: Installable, device: Device, python: str) -> str:
 class Environment:
     """The environment of one engine for one kind of hardware."""
 
+    is_packed = False  # made by `packing`, on a machine without a network
+
     def __init__(self, engine: Installable, device: Device, cache: Path | None = None) -> None:
         self.engine = engine
         self.device = device
@@ -92,6 +97,10 @@ class Environment:
         self.requirements = REQUIREMENTS_FOLDER / engine.requirements[device]
         root = (cache or cache_folder()) / "environments"
         self.folder = root / environment_name(engine, device, f"{sys.version_info.major}.{sys.version_info.minor}")
+        packed = root / f"{engine.name}-{device}-packed"
+        if packed.exists():
+            self.folder = packed
+            self.is_packed = True
 
     @property
     def bin(self) -> Path:
@@ -102,13 +111,26 @@ class Environment:
         return sys.executable if name == "python" and not self.engine.requirements else str(self.bin / name)
 
     def installed(self) -> dict[str, str]:
-        """Distributions found in the environment: name (normalised) -> version."""
+        """Distributions found in the environment: name (normalised) -> version.
+
+        Of the machine's own packages, those that a packed environment relies on.
+        """
         found = {}
-        for entry in self.folder.glob("lib/python*/site-packages/*.dist-info"):
-            if (entry / "METADATA").exists():
-                name, _, version = entry.name.removesuffix(".dist-info").rpartition("-")
-                found[normalised(name)] = version
+        for folder in self.folder.glob("lib/python*/site-packages"):
+            found.update(_distributions(folder))
+        marker = self._marker() if self.is_packed else {}
+        for folder in map(Path, marker.get("base_folders", [])):
+            for name, version in _distributions(folder).items():
+                if name in marker["base"]:
+                    found.setdefault(name, version)
         return found
+
+    def _marker(self) -> dict[str, Any]:
+        try:
+            marker: dict[str, Any] = json.loads((self.folder / MARKER).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return marker
 
     def engine_version(self) -> str | None:
         return self.installed().get(normalised(self.engine.package_for(self.device)))
@@ -120,16 +142,23 @@ class Environment:
         if not (self.folder / MARKER).exists():
             return "was not finished" if self.folder.exists() else "is not there yet"
         installed = self.installed()
-        for name, version in pinned(self.requirements).items():
+        pins = self._marker()["installed"] if self.is_packed else pinned(self.requirements)
+        for name, version in pins.items():
             # A build without CUDA calls itself 2.13.0+cpu, which is the pinned 2.13.0.
-            if installed.get(name, "").partition("+")[0] != version:
+            if installed.get(name, "").partition("+")[0] != version.partition("+")[0]:
                 return f"lacks {name} {version}"
         return None if (self.bin / "python").exists() else "lacks its Python"
 
     def ensure(self, progress: Progress = lambda message: None, cancelled: threading.Event | None = None) -> None:
         """Make the environment unless it is whole. Raises EngineError, and leaves nothing half made behind."""
-        if self.problem() is None:
+        problem = self.problem()
+        if problem is None:
             return
+        if self.is_packed:
+            raise EngineError(
+                f"The packed environment of {self.engine.label} in {self.folder} {problem}. "
+                "Unpack it again, or remove that folder to have it installed over the network."
+            )
         cancelled = cancelled or threading.Event()
         with self._locked(progress, cancelled):
             problem = self.problem()  # another app may have made it while we waited
@@ -148,8 +177,9 @@ class Environment:
                 raise
 
     def discard(self) -> None:
-        """Forget that the environment is whole, so that the next `ensure` makes it again."""
-        (self.folder / MARKER).unlink(missing_ok=True)
+        """Forget that the environment is whole, so that the next `ensure` makes it again (a packed one cannot be)."""
+        if not self.is_packed:
+            (self.folder / MARKER).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self, progress: Progress, cancelled: threading.Event) -> Iterator[None]:
@@ -232,6 +262,15 @@ class Environment:
             process.stop()
         if process.wait():
             raise EngineError(f"Installing {self.engine.label} failed: {_reason(tail)}", "\n".join(tail))
+
+
+def _distributions(packages: Path) -> dict[str, str]:
+    found = {}
+    for entry in packages.glob("*.dist-info"):
+        if (entry / "METADATA").exists():
+            name, _, version = entry.name.removesuffix(".dist-info").rpartition("-")
+            found[normalised(name)] = version
+    return found
 
 
 def _check_cancelled(cancelled: threading.Event) -> None:

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "demo_model": {"engines"},
     "experiments": {"engines", "demo_model"},
     "benchmark": {"engines", "experiments", "demo_model"},
+    "packing": {"engines"},
     "ui": {"engines", "experiments"},
     "app": {"engines", "experiments", "ui", "demo_model"},
     "modal_app": {"engines", "experiments", "app"},
@@ -67,6 +68,11 @@ def test_every_part_is_looked_at() -> None:
 def test_only_the_page_knows_gradio() -> None:
     knowing = {path.relative_to(PROJECT).parts[0] for path in source_files() if "gradio" in packages(path)}
     assert knowing == {"ui"}
+
+
+def test_unpacking_needs_the_standard_library_only() -> None:
+    assert packages(PROJECT / "packing/unpack.py") <= sys.stdlib_module_names
+    assert packages(PROJECT / "packing/__main__.py") <= {*sys.stdlib_module_names, "packing"}
 
 
 @pytest.mark.parametrize("name", ["engines/base.py", "engines/timeline.py", "engines/keeper.py"])

@@ -32,17 +32,26 @@ class Speculation:
 
     `method`: "mtp" uses the model's own multi-token-prediction head, "draft_model" a second, smaller model,
     "ngram" looks the next words up in the text so far. `draft_tokens` is how many are drafted per step.
+    `simulated_length`: the engine is told to keep as many drafts as make this mean acceptance length, whatever it
+    drafted; None: it checks them.
     """
 
     method: Literal["mtp", "draft_model", "ngram"]
     draft_tokens: int = 1
     draft_model: str | None = None
+    simulated_length: float | None = None
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 1:
             raise EngineError("Speculation needs at least one draft token per step.")
         if self.method == "draft_model" and not self.draft_model:
             raise EngineError("Speculation with a draft model needs the draft model's folder or name.")
+        if self.simulated_length is not None and not 1 <= self.simulated_length <= self.draft_tokens + 1:
+            most = self.draft_tokens + 1
+            raise EngineError(
+                f"A simulated acceptance length must lie between 1 and {most}, the draft tokens and the one that "
+                f"checking them yields, not {self.simulated_length:g}."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +71,14 @@ class EngineConfig:
     tensor_parallel: int = 1  # GPUs that compute each token together
     replicas: int = 1  # copies of the model behind one address, each on GPUs of its own
     can_sleep: bool = False  # it can be told to empty the GPU's memory and to fill it again, for a snapshot
+    random_weights: bool = False  # the model's folder has its shape alone: the engine draws the weights
+    cache_gib: float | None = None  # for keys and values, beside other engines on one GPU; None: what the share leaves
 
     def __post_init__(self) -> None:
         if not 0 < self.memory_share < 1:
             raise EngineError(f"The share of GPU memory must lie between 0 and 1, not {self.memory_share}.")
+        if self.cache_gib is not None and self.cache_gib <= 0:
+            raise EngineError(f"The cache for keys and values must have a size above 0 GiB, not {self.cache_gib:g}.")
         if self.max_context < 1:
             raise EngineError(f"The longest context must be at least 1 token, not {self.max_context}.")
         if self.tensor_parallel < 1 or self.replicas < 1:

@@ -15,9 +15,9 @@ from engines.bandwidth import Bandwidth, memory_bandwidth
 from engines.base import Engine, EngineConfig, EngineError, EngineStopped
 from engines.clock import monotonic_clock
 from engines.environments import Environment, cache_folder
-from engines.hardware import Hardware, this_machine
+from engines.hardware import GIB, Hardware, this_machine
 from engines.load import SILENCE_SECONDS
-from engines.model_shape import ModelShape, has_prediction_head, read_shape
+from engines.model_shape import ModelShape, has_prediction_head, has_random_weights, read_shape
 from engines.openai_stream import Endpoint
 from engines.server import PhaseTime, Server, free_port
 
@@ -29,6 +29,13 @@ SETTLE_LIMIT_SECONDS = 5.0
 SETTLE_LOOK_SECONDS = 0.2
 QUIET_SHARE_OF_CORE = 0.15
 FIRST_PAGE_SECONDS = 900.0  # nobody came after the start of the app
+# How engines share one GPU: what each takes beside weights and cache, which share of the memory all may take together,
+# and which cache for keys and values is large enough for any load here and too small to serve it.
+ENGINE_GIB, SHARED_SHARE, LARGEST_CACHE_GIB, SMALLEST_CACHE_GIB = 4.0, 0.92, 16.0, 1.0
+TOGETHER_LABEL = (
+    "The engines shared the GPU's memory and took turns: while one was measured, the others were loaded and idle, and "
+    "each had a cache of fixed size."
+)
 
 log = logging.getLogger("bakeoff")
 
@@ -97,12 +104,12 @@ class _Slot:
 class LocalHost:
     """Installs, starts and stops engines on this machine.
 
-    On a CPU all engines stay resident and take turns; on one GPU only one at a time fits (`resident_together`).
+    On a CPU all engines stay resident and take turns; on one GPU only one at a time fits (`resident_together`), unless
+    they are told to share it (`together`). Raises EngineError where they do not fit.
     """
 
     name = "local"
     label = "this machine"
-    said: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -120,6 +127,7 @@ class LocalHost:
         replicas: int = 1,
         can_sleep: bool = False,
         silence_seconds: float = SILENCE_SECONDS,
+        together: bool = False,
     ) -> None:
         self.engines = tuple(engines)
         self.model = model
@@ -128,7 +136,13 @@ class LocalHost:
         self.draft_model = draft_model
         self.cache = cache or cache_folder()
         self.hardware = hardware or this_machine()
-        self.resident_together = self.hardware.device == "cpu"
+        self.resident_together = together or self.hardware.device == "cpu"
+        self.random_weights = has_random_weights(model)
+        self.said: tuple[str, ...] = ()
+        self._cache_gib: float | None = None
+        if together and self.hardware.device == "cuda":
+            self._cache_gib = shared_cache_gib(self.hardware, read_shape(model), len(self.engines))
+            self.said = (TOGETHER_LABEL,)
         self.tensor_parallel, self.replicas, self._can_sleep = tensor_parallel, replicas, can_sleep
         self.silence_seconds = silence_seconds
         self._fixed_port = port
@@ -173,6 +187,8 @@ class LocalHost:
             tensor_parallel=self.tensor_parallel,
             replicas=self.replicas,
             can_sleep=self._can_sleep,
+            random_weights=self.random_weights,
+            cache_gib=self._cache_gib,
         )
 
     @property
@@ -458,6 +474,22 @@ class LocalHost:
                 for name in self._slots:
                     if not self._wanted:  # else somebody has come meanwhile
                         self.stop_engine(name)
+
+
+def shared_cache_gib(hardware: Hardware, shape: ModelShape | None, engines: int) -> float:
+    """The cache of each of so many engines that share one GPU, in GiB. Raises EngineError where that is too little."""
+    if hardware.gpu_memory_gib is None or shape is None:
+        missing = "how much memory the GPU has" if hardware.gpu_memory_gib is None else "how large the model is"
+        raise EngineError(f"Engines can share the GPU only where it is known {missing}: let them take turns.")
+    weights = (shape.weight_bytes + shape.expert_bytes) / GIB
+    left = SHARED_SHARE * hardware.gpu_memory_gib / engines - weights - ENGINE_GIB
+    if left < SMALLEST_CACHE_GIB:
+        raise EngineError(
+            f"{engines} engines do not fit on the GPU together: each needs {weights:.0f} GiB for the weights and about "
+            f"{ENGINE_GIB + SMALLEST_CACHE_GIB:.0f} GiB more, and there are {hardware.gpu_memory_gib:.0f} GiB. "
+            "Let them take turns."
+        )
+    return round(min(left, LARGEST_CACHE_GIB), 1)
 
 
 def names_missing_package(error: EngineError) -> bool:

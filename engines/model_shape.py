@@ -22,6 +22,7 @@ EXPERTS_USED = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 CACHE_VALUE_BYTES = 2  # keys and values in 16 bits, as all three engines keep them unless told otherwise
 LARGEST_HEADER = 100_000_000  # bytes; a longer one is no safetensors file
 INDEX_FILE = "model.safetensors.index.json"
+MARKER_FILE = "random_weights.json"  # in the folder of a model that has a shape and no weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def read_shape(model: str) -> ModelShape | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config |= config.get("text_config") or {}
-        sizes: dict[str, int] = {}
+        sizes: dict[str, int] = _sizes_without_weights(folder)
         for path in _weight_files(folder):
             sizes |= _tensor_bytes(path)
         return _shape(config, sizes) if sizes else None
@@ -81,6 +82,19 @@ def model_folder(model: str) -> Path | None:
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
     snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"
     return max(snapshots.glob("*"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _sizes_without_weights(folder: Path) -> dict[str, int]:
+    """Of a model that has a shape and no weights: its folder says how large each tensor is."""
+    marker = folder / MARKER_FILE
+    sizes: dict[str, int] = json.loads(marker.read_text(encoding="utf-8"))["tensor_bytes"] if marker.is_file() else {}
+    return sizes
+
+
+def has_random_weights(model: str) -> bool:
+    """Whether the folder was made by engines/random_weights.py."""
+    folder = model_folder(model)
+    return folder is not None and (folder / MARKER_FILE).is_file()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -130,4 +144,7 @@ def _cache_bytes(config: dict[str, Any]) -> int:
         return full * (int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])) * CACHE_VALUE_BYTES
     heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
     size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    if config.get("global_head_dim"):  # Gemma 4: full layers have fewer and wider heads than sliding ones
+        size = int(config["global_head_dim"])
+        heads = int((config.get("attention_k_eq_v") and config.get("num_global_key_value_heads")) or heads)
     return 2 * full * heads * size * CACHE_VALUE_BYTES

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from engines.base import Engine, EngineConfig, EngineError, Request, Speculation, usage_with_each_chunk
+from engines.model_facts import read_facts
 
 CPU_PLATFORM_FOLDER = Path(__file__).parent / "sglang_cpu"
 CPU_CACHE_TOKENS = 65536
+GIB = 1 << 30
+# Beside other engines SGLang leaves this share of what was free when it started, and fails where more has gone since.
+SHARED_GPU_SHARE = 0.98
+STATE_SHARE = 0.6  # of a given cache, for the states of linear attention; the rest is for keys and values
 
 
 def serve_command(config: EngineConfig) -> list[str]:
@@ -33,15 +39,48 @@ def serve_command(config: EngineConfig) -> list[str]:
         # Without this an idle scheduler spins a whole core and spoils the other engines' numbers.
         command += ["--sleep-on-idle"]
     else:
-        command += ["--mem-fraction-static", str(config.memory_share)]
+        command += _memory_flags(config)
         command += ["--enable-memory-saver", "--enable-weights-cpu-backup"] if config.can_sleep else []
     if config.tensor_parallel > 1:
         command += ["--tp-size", str(config.tensor_parallel)]
     if config.replicas > 1:
         command += ["--dp-size", str(config.replicas)]
+    if config.random_weights:
+        command += _random_weights_flags(config)
     if config.speculation:
         command += _speculation_flags(config.speculation)
     return command
+
+
+def _memory_flags(config: EngineConfig) -> list[str]:
+    if config.cache_gib is None:
+        return ["--mem-fraction-static", str(config.memory_share)]
+    facts = read_facts(config.model)
+    if not facts.token_bytes:
+        raise EngineError(
+            "SGLang's cache is counted in tokens, and this model's files do not say how large one is. "
+            "Let the engines take turns on the GPU instead of sharing it."
+        )
+    # While it is another's turn an idle scheduler would spin a core, as on the CPU.
+    flags = ["--sleep-on-idle", "--mem-fraction-static", str(SHARED_GPU_SHARE)]
+    size = config.cache_gib * GIB
+    if facts.state_bytes:
+        # Speculation keeps further states for each request: one per draft token and one for the token after them.
+        copies = 1 + (config.speculation.draft_tokens + 1 if config.speculation else 0)
+        flags += ["--max-mamba-cache-size", str(max(1, int(STATE_SHARE * size / copies / facts.state_bytes)))]
+        size *= 1 - STATE_SHARE
+    return [*flags, "--max-total-tokens", str(int(size / facts.token_bytes))]
+
+
+def _random_weights_flags(config: EngineConfig) -> list[str]:
+    """Random weights are for machines without network, where FlashInfer's sampling kernels would be compiled at start.
+    SGLang chooses the attention by itself: FlashAttention 3 on an H100, Triton where heads are wider than 256."""
+    flags = ["--load-format", "dummy"]
+    if config.device == "cuda":
+        flags += ["--sampling-backend", "pytorch"]
+    if full := read_facts(config.model).full_attention:
+        flags += ["--json-model-override-args", json.dumps(full)]
+    return flags
 
 
 def _speculation_flags(speculation: Speculation) -> list[str]:
@@ -65,7 +104,9 @@ def _speculation_flags(speculation: Speculation) -> list[str]:
 
 def variables(config: EngineConfig) -> dict[str, str]:
     if config.device != "cpu":
-        return {}
+        simulated = config.speculation.simulated_length if config.speculation else None
+        # By default it rounds to one length or the other, so often that the mean is the one given.
+        return {} if simulated is None else {"SGLANG_SIMULATE_ACC_LEN": f"{simulated:g}"}
     values = {"SGLANG_PLATFORM": "bakeoff_cpu", "PYTHONPATH": str(CPU_PLATFORM_FOLDER)}
     if config.cpu_threads:
         # With a thread on every core any other process stalls its barriers: measured 6-180 tok/s instead of 185.

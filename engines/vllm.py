@@ -6,8 +6,12 @@ import json
 from typing import Any
 
 from engines.base import Engine, EngineConfig, SpeculationCounters, usage_with_each_chunk
+from engines.model_facts import read_facts
 
 CPU_KEY_VALUE_CACHE_GIB = 1
+GIB = 1 << 30
+# vLLM wants this share of the GPU to be free when it starts, even where its cache has a size of its own.
+SHARED_GPU_SHARE = 0.05
 COUNTERS, PER_POSITION = "vllm:spec_decode_num_", "accepted_tokens_per_pos_total"
 
 
@@ -17,7 +21,11 @@ def serve_command(config: EngineConfig) -> list[str]:
         command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", config.model]
     else:
         command = ["vllm", "serve", config.model]
-        command += ["--gpu-memory-utilization", str(config.memory_share)]
+        if config.cache_gib is None:
+            command += ["--gpu-memory-utilization", str(config.memory_share)]
+        else:  # a given size: measuring what is free would count what other engines take and give back meanwhile
+            command += ["--gpu-memory-utilization", str(SHARED_GPU_SHARE)]
+            command += ["--kv-cache-memory-bytes", str(round(config.cache_gib * GIB))]
         command += ["--enable-sleep-mode"] if config.can_sleep else []
     if config.tensor_parallel > 1:
         command += ["--tensor-parallel-size", str(config.tensor_parallel)]
@@ -27,6 +35,8 @@ def serve_command(config: EngineConfig) -> list[str]:
     command += ["--dtype", config.dtype, "--max-model-len", str(config.max_context)]
     command += ["--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching"]
     command += ["--enable-prompt-tokens-details"]  # reports cached tokens per request
+    if config.random_weights:
+        command += _random_weights_flags(config)
     if config.speculation:
         settings: dict[str, Any] = {
             "method": config.speculation.method,
@@ -34,12 +44,29 @@ def serve_command(config: EngineConfig) -> list[str]:
         }
         if config.speculation.draft_model:
             settings["model"] = config.speculation.draft_model
+        if config.speculation.simulated_length is not None:
+            settings["rejection_sample_method"] = "synthetic"
+            settings["synthetic_acceptance_length"] = config.speculation.simulated_length
         command += ["--speculative-config", json.dumps(settings)]
     return command
 
 
+def _random_weights_flags(config: EngineConfig) -> list[str]:
+    """Random weights are for machines without network. There FlashInfer, which brings its kernels as sources or
+    downloads them, compiles for minutes: linear attention then was not ready after 330 s, with Triton in 60."""
+    facts = read_facts(config.model)
+    flags = ["--load-format", "dummy"]
+    if facts.sees:
+        flags += ["--limit-mm-per-prompt", json.dumps({"image": 0, "video": 0})]  # leaves the part that sees out
+    if facts.linear_attention and config.device == "cuda":
+        flags += ["--gdn-prefill-backend", "triton"]
+    return flags
+
+
 def variables(config: EngineConfig) -> dict[str, str]:
     values = {"VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}  # the latter opens /reset_prefix_cache
+    if config.random_weights and config.device == "cuda":
+        values["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # for the reason given above
     if config.device == "cpu":
         values["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KEY_VALUE_CACHE_GIB)  # threads: one core is left free unasked
     return values

@@ -117,8 +117,12 @@ def start_logging() -> None:
 def make_host(options: argparse.Namespace, rules: PublicRules | None = None) -> LocalHost | RentedHost | UrlHost:
     """Where the engines run. `rules`: of a page that is open to all. Raises EngineError and ValueError for options that
     cannot be."""
+    if options.random_weights and (options.model or options.host != "local"):
+        raise EngineError("--random-weights makes a model on this machine: it goes with neither --model nor --host.")
     if options.host == "local":
         model = str(options.model or default_model())
+        if options.random_weights:
+            model = _random_model(options.random_weights)
         draft = options.draft_model or draft_model(model)
         return LocalHost(
             _chosen_engines(options),
@@ -129,6 +133,7 @@ def make_host(options: argparse.Namespace, rules: PublicRules | None = None) -> 
             tensor_parallel=options.gpus,
             replicas=options.replicas,
             silence_seconds=options.silence,
+            together=options.together,
         )
     if options.host == "url":
         from engines.url_host import UrlHost
@@ -141,6 +146,14 @@ def make_host(options: argparse.Namespace, rules: PublicRules | None = None) -> 
         Limits(options.budget_run, options.budget_visitor, options.budget_day),
         options.rehearsal_speed,
     )
+
+
+def _random_model(name: str) -> str:
+    from engines.random_weights import make_model, shape_named
+    from experiments import EXPERIMENTS
+    from experiments.prompt_words import prompt_words
+
+    return str(make_model(shape_named(name), prompt_words(EXPERIMENTS)))
 
 
 def rented_host(kind: str, engines: tuple[Engine, ...], model: str, limits: Limits, speed: float = 1.0) -> RentedHost:
@@ -213,6 +226,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="a model's folder or its id on the model hub; the bundled one when left out")
     parser.add_argument("--draft-model", help="the draft model for speculation; the bundled model brings its own")
+    parser.add_argument(
+        "--random-weights",
+        metavar="SHAPE",
+        help="a model of this shape (qwen3.5-4b, gemma-4-26b-a4b) with random weights, for a machine that no weights "
+        "can be brought to: its speed is real, its text is not",
+    )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="engines share this machine's GPU, start at the same time and take turns, as they do on a CPU",
+    )
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine that compute each token together")
     parser.add_argument(
         "--silence",

@@ -18,6 +18,7 @@ from engines.cloud import GPU_CHOICES
 from engines.compatible import PRESETS
 from engines.local import LocalHost
 from engines.modal_cloud import ModalCloud
+from engines.random_weights import SHAPES, make_model, shape_named
 from engines.rented import RentedHost
 from engines.spending import Limits
 from engines.url_host import UrlHost
@@ -25,6 +26,7 @@ from experiments import EXPERIMENTS
 from experiments.background import AnyHost, measure
 from experiments.base import Event, Experiment, Host, Plan, PlanError, RequestEnded, RunEnded, Setting, TrialStarted
 from experiments.metrics import METRICS
+from experiments.prompt_words import prompt_words
 from experiments.rehearsal import RehearsalCloud
 from experiments.rented import Rent, RentedMachine, read_rent
 from experiments.report import text_table
@@ -58,7 +60,10 @@ def main(
                 return _look(servers)
             plans += [(one, *read_run(one, host, servers, vars(options))) for one in chosen]
         else:
-            plans += [(one, one.read_plan(names, vars(options)), _machine(one, host, options)) for one in chosen]
+            # When an answer ends, the weights' values decide: random ones must not.
+            random = isinstance(host, LocalHost) and host.random_weights
+            values = vars(options) | ({"fixed_length": True} if random else {})
+            plans += [(one, one.read_plan(names, values), _machine(one, host, options)) for one in chosen]
     except (PlanError, EngineError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -80,6 +85,10 @@ def main(
 
 def _host(options: argparse.Namespace, engines: tuple[Engine, ...]) -> AnyHost:
     """Where the engines run. Raises EngineError."""
+    if options.random_weights and (options.model or options.host != "local"):
+        raise EngineError("--random-weights makes a model on this machine: it goes with neither --model nor --host.")
+    if options.together and options.host != "local":
+        raise EngineError("--together is for engines that share this machine's GPU: leave it out with --host.")
     if options.host == "url":
         return UrlHost()
     if options.host != "local":
@@ -87,6 +96,8 @@ def _host(options: argparse.Namespace, engines: tuple[Engine, ...]) -> AnyHost:
         model = options.model or (BUNDLED if options.host == "rehearsal" else "")
         return RentedHost(cloud, engines, limits=Limits(), model=model)
     model = str(options.model or default_model())
+    if options.random_weights:
+        model = str(make_model(shape_named(options.random_weights), prompt_words(EXPERIMENTS)))
     draft = options.draft_model or draft_model(model)
     return LocalHost(
         engines,
@@ -96,6 +107,7 @@ def _host(options: argparse.Namespace, engines: tuple[Engine, ...]) -> AnyHost:
         str(draft) if draft else None,
         tensor_parallel=options.gpu_count or 1,
         replicas=options.replicas or 1,
+        together=options.together,
     )
 
 
@@ -139,8 +151,14 @@ def _measure(experiment: Experiment, plan: Plan, host: Host, out: Path) -> int:
         if isinstance(event, RunEnded):
             ended.append(event.result)
 
+    def keep(so_far: ExperimentResult) -> None:
+        try:
+            so_far.save(out)
+        except OSError as failure:  # the measuring goes on: the whole result may still find room
+            log.warning("what was measured so far could not be written to %s: %s", out, failure)
+
     try:
-        asyncio.run(measure(experiment, plan, host, emit))
+        asyncio.run(measure(experiment, plan, host, emit, keep=keep))
     except PlanError as error:
         print(error, file=sys.stderr)
         return 2
@@ -171,8 +189,11 @@ def _parser(engines: tuple[Engine, ...], experiments: tuple[Experiment, ...]) ->
         for setting in experiment.settings:
             _add_setting(one, setting)
         one.set_defaults(again=True)  # who asks for one experiment wants it measured
-    every = which.add_parser("all", help="every experiment with its default settings, one after the other")
+    every = which.add_parser("all", help="every experiment, with its default settings unless others are given")
     _common_options(every, engines)
+    shared = {setting.name: setting for one in reversed(experiments) for setting in one.settings}
+    for name in sorted(shared.keys() - {"prompt"}):  # each experiment has questions of its own
+        _add_setting(every, shared[name], default=argparse.SUPPRESS)  # what is not given is as each experiment has it
     every.add_argument(
         "--again", action="store_true", help="measure also what a result in the --out folder answers already"
     )
@@ -195,6 +216,17 @@ def _common_options(parser: argparse.ArgumentParser, engines: tuple[Engine, ...]
     )
     parser.add_argument("--model", help="a model's folder or its id on the hub; the bundled one when left out")
     parser.add_argument("--draft-model", help="a draft model's folder or id; the bundled one's own when left out")
+    parser.add_argument(
+        "--random-weights",
+        choices=[shape.name for shape in SHAPES],
+        help="local: a model of this shape with random weights, for a machine that no weights can be brought to: its "
+        "speed is real, its text is not, and its answers have an exact length",
+    )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="local: the engines share the GPU's memory, start at the same time and take turns, as they do on a CPU",
+    )
     parser.add_argument("--out", default="results", help="folder for the result's JSON")
     gpus = [choice.exactly for choice in GPU_CHOICES]
     parser.add_argument("--gpu", choices=gpus, help="rented: the GPU of each engine; as the experiment suggests")
@@ -221,20 +253,18 @@ def _common_options(parser: argparse.ArgumentParser, engines: tuple[Engine, ...]
     parser.add_argument("--most-users", type=int, help=f"url: users at once, at most; {POLITE_USERS}")
 
 
-def _add_setting(parser: argparse.ArgumentParser, setting: Setting) -> None:
+def _add_setting(parser: argparse.ArgumentParser, setting: Setting, default: object = None) -> None:
     """A setting as an option: a switch, or a choice between yes and no, is a flag that --no- in front turns off."""
     flag, told = f"--{setting.option}", f"{setting.label}. {setting.info}".replace("%", "%%")
-    values = tuple(setting.choices.values())
+    default, values = setting.default if default is None else default, tuple(setting.choices.values())
     if setting.kind == "switch" or set(values) == {True, False}:
-        parser.add_argument(
-            flag, dest=setting.name, action=argparse.BooleanOptionalAction, default=setting.default, help=told
-        )
+        parser.add_argument(flag, dest=setting.name, action=argparse.BooleanOptionalAction, default=default, help=told)
     elif setting.kind == "choice":
         named = [value for value in values if value is not None]
-        parser.add_argument(flag, dest=setting.name, choices=named, default=setting.default, help=told)
+        parser.add_argument(flag, dest=setting.name, choices=named, default=default, help=told)
     else:
         reading = {"whole": int, "number": float}.get(setting.kind, str)
-        parser.add_argument(flag, dest=setting.name, type=reading, default=setting.default, help=told)
+        parser.add_argument(flag, dest=setting.name, type=reading, default=default, help=told)
 
 
 def _tell(event: Event) -> None:

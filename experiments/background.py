@@ -13,18 +13,25 @@ from engines.url_host import UrlHost
 from experiments.base import Contender, Emit, Event, Experiment, Host, Plan, RunEnded
 from experiments.rented import RentedMachine, run_rented
 from experiments.result import ExperimentResult
-from experiments.run import run
+from experiments.run import Keep, run
 
 AnyHost = LocalHost | RentedHost | UrlHost  # where a page's engines run
 
 
 async def measure(
-    experiment: Experiment, plan: Plan, host: Host, emit: Emit, among: tuple[Contender, ...] = (), only: str = ""
+    experiment: Experiment,
+    plan: Plan,
+    host: Host,
+    emit: Emit,
+    among: tuple[Contender, ...] = (),
+    only: str = "",
+    keep: Keep | None = None,
 ) -> ExperimentResult:
-    """Run `plan` where the host's engines are: beside this process, or in containers that are rented for it."""
+    """Run `plan` where the host's engines are: beside this process, or in containers that are rented for it, of which
+    `keep` is told nothing."""
     if isinstance(host, RentedMachine):
         return await run_rented(experiment, plan, host, emit)
-    return await run(experiment, plan, host, emit, among, only)
+    return await run(experiment, plan, host, emit, among, only, keep)
 
 
 class BackgroundRun:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -119,12 +119,12 @@ def check_number(field: str, label: str, value: object, low: float, high: float)
 class Setting:
     """One field of a plan (`name`) as people set it: on the page and, as `--flag`, on the command line.
 
-    `kind`: a text, one line of it, a whole number, a number, a switch, one of several `choices`, or whole numbers with
-    commas between them.
+    `kind`: a text, one line of it, a whole number, a number, a switch, one of several `choices`, or (whole) numbers
+    with commas between them. `on_page`: else it is for the command line alone.
     """
 
     name: str
-    kind: Literal["text", "line", "whole", "number", "switch", "choice", "wholes"]
+    kind: Literal["text", "line", "whole", "number", "switch", "choice", "wholes", "numbers"]
     label: str
     info: str
     default: Any
@@ -134,6 +134,7 @@ class Setting:
     choices: Mapping[str, Any] = field(default_factory=dict)  # words -> value
     flag: str = ""  # without the dashes; empty: the name
     group: Literal["ask", "measure"] = "ask"  # what is asked, or how it is measured and judged
+    on_page: bool = True
 
     @property
     def option(self) -> str:
@@ -143,6 +144,8 @@ class Setting:
         """The plan's value of what was typed or chosen; raises PlanError."""
         if self.kind == "wholes":
             return _wholes(self.name, self.label, value)
+        if self.kind == "numbers":
+            return _numbers(self.name, self.label, value)
         if self.kind == "choice":
             return self.choices.get(value, value)
         if self.kind in ("whole", "number") and isinstance(value, str):
@@ -167,6 +170,15 @@ def _wholes(name: str, label: str, value: Any) -> tuple[int, ...]:
         return tuple(int(part) for part in value.replace(";", ",").split(",") if part.strip())
     except ValueError:
         raise PlanError(name, f"{label} must be whole numbers with commas between them, not {value!r}.") from None
+
+
+def _numbers(name: str, label: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, str):
+        return tuple(value or ())
+    try:
+        return tuple(float(part) for part in value.replace(";", ",").split(",") if part.strip())
+    except ValueError:
+        raise PlanError(name, f"{label} must be numbers with commas between them, not {value!r}.") from None
 
 
 PROMPT = Setting("prompt", "text", "Your question", "", DEFAULT_PROMPT)
@@ -372,6 +384,8 @@ class Experiment:
     table: Callable[[ExperimentResult], Table]
     charts: tuple[Chart, ...]
     notes: Callable[[ExperimentResult], list[str]] = lambda result: []
+    # Whether a trial of the contender with this key would take longer than anybody waits, by what it was seen to do.
+    too_long: Callable[[Plan, Trial, str, Sequence[RequestRow]], bool] = lambda plan, trial, key, seen: False
 
     def read_plan(self, engines: tuple[str, ...], values: Mapping[str, Any]) -> Plan:
         """The plan of what was typed: values by field, the settings' defaults where one is missing."""

@@ -42,6 +42,7 @@ from experiments.levels import (
     MOST_SECONDS,
     MOST_SPACING_MS,
     MOST_USERS,
+    SEQUENTIAL_SECONDS,
     TPOT,
     TTFT,
     ConcurrencyPlan,
@@ -53,6 +54,7 @@ from experiments.levels import (
     plan_of,
     points,
     times_one_user,
+    too_long,
     users,
     waited,
 )
@@ -225,6 +227,12 @@ def notes(result: ExperimentResult) -> list[str]:
                 f"{called(row)} answers one request at a time. Its values for {listed(levels)} users are "
                 "extrapolated (≈): a queue in which each answer takes as long as it took one user alone."
             )
+        left_out = [str(point.level) for point in found if point.extrapolated and point.level <= plan.sequential_limit]
+        if left_out:
+            said.append(
+                f"{called(row)} was not measured with {listed(left_out)} users because all their answers, one after "
+                f"the other, would have taken more than {SEQUENTIAL_SECONDS:g} s."
+            )
         unsteady = [str(point.level) for point in found if point.tokens_per_second is None]
         if unsteady and plan.load == "sustained":
             said.append(
@@ -336,4 +344,5 @@ EXPERIMENT = Experiment(
         START_CHART,
     ),
     notes=notes,
+    too_long=too_long,
 )

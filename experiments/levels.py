@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from experiments.base import Plan, PlanError, check_number, check_whole
+from experiments.base import Plan, PlanError, Trial, check_number, check_whole
 from experiments.metrics import METRICS, MILLISECONDS, Distribution
 from experiments.result import EngineRow, ExperimentResult, RequestRow
 from experiments.telling import listed
@@ -17,6 +17,7 @@ LEVELS = (1, 4, 8, 16, 32, 64, 128)
 MOST_USERS, MOST_SPACING_MS, MOST_SECONDS, MOST_LIMIT_MS = 512, 10_000, 600, 600_000
 SERVED_SHARE = 0.99  # of the requests must be within the limits for a level to count as served
 SEQUENTIAL = "transformers"
+SEQUENTIAL_SECONDS = 90.0  # of a level that the naive queue is measured at; what would take longer is extrapolated
 TTFT, TPOT, E2E = METRICS["ttft"], METRICS["tpot"], METRICS["e2e"]
 
 
@@ -71,6 +72,23 @@ def is_sequential(key: str) -> bool:
     contender of its own, and the other engines cannot do without.
     """
     return key == SEQUENTIAL
+
+
+def too_long(plan: Plan, trial: Trial, key: str, seen: Sequence[RequestRow]) -> bool:
+    """Whether the naive queue would need more than SEQUENTIAL_SECONDS for all repeats of this level, by the slowest
+    answer so far that had nobody before it. Its smallest level is always measured: the rest is extrapolated from it."""
+    assert isinstance(plan, ConcurrencyPlan)
+    users = len(trial.prompts)
+    if plan.measure_all or not is_sequential(key) or trial.warmup:
+        return False
+    answers = [row for row in seen if row.engine == key and not row.warmup and not row.timeline.error]
+    smaller = {(row.group, row.repeat) for row in answers if int(row.group) < users}
+    quickest = [
+        Distribution.of(row.metrics.e2e for row in answers if (row.group, row.repeat) == trial_seen).smallest
+        for trial_seen in smaller
+    ]
+    slowest = Distribution.of(quickest).largest
+    return slowest is not None and plan.repeats * users * slowest > SEQUENTIAL_SECONDS
 
 
 # Moments are seconds on the run's clock.

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from typing import Any
 
 from demo_model.bundled import model_label
 from engines.hardware import hardware_words
+from engines.local import LocalHost
 from experiments.base import Experiment, Host, Plan, PlanError
 from experiments.library import read
 from experiments.rented import RentedMachine
 from experiments.result import EngineRow, ExperimentResult, ResultError
 from experiments.servers import ServersMachine
+
+OF_THE_MACHINE = ("random_weights", "cache_gib", "tensor_parallel", "replicas")
 
 log = logging.getLogger("bakeoff")
 
@@ -41,7 +45,8 @@ def measured_something(result: ExperimentResult) -> bool:
 
 
 def _same_question(result: ExperimentResult, experiment: Experiment, plan: Plan, host: Host) -> bool:
-    settings = json.loads(json.dumps(asdict(plan)))  # as a file holds them: tuples become lists
+    settings = _as_in_a_file(asdict(plan))
+    told = _as_in_a_file(_defaults(plan)) | result.settings  # an older file does not have what came later
     where, there = hardware_words(host.hardware), result.hardware.get("words")
     if isinstance(host, RentedMachine):  # which machine it got, only the result knows: what was asked for counts
         settings["rent"] = asdict(host.rent)
@@ -50,8 +55,29 @@ def _same_question(result: ExperimentResult, experiment: Experiment, plan: Plan,
         where = " ".join(server.url.base_url for server in host.servers)
         there = " ".join(str(row.config.get("url")) for row in result.engines if not row.variant)
     asked = (experiment.name, settings, host.model_label, where)
-    answered = (result.experiment, result.settings, result.model, there)
-    return asked == answered and all(_same_draft(row, host) for row in result.engines)
+    answered = (result.experiment, told, result.model, there)
+    return asked == answered and all(_same_draft(row, host) and _same_machine(row, host) for row in result.engines)
+
+
+def _as_in_a_file(settings: dict[str, Any]) -> dict[str, Any]:
+    """Tuples become lists."""
+    read: dict[str, Any] = json.loads(json.dumps(settings))
+    return read
+
+
+def _defaults(plan: Plan) -> dict[str, Any]:
+    return {one.name: one.default for one in fields(plan) if one.default is not MISSING}
+
+
+def _same_machine(row: EngineRow, host: Host) -> bool:
+    """Whether the engine had as much of this machine as it would have today. What was rented stands in the settings."""
+    if not isinstance(host, LocalHost) or "cache_gib" not in row.config:
+        return True
+    names = {engine.name for engine in host.engines}
+    if row.engine not in names:
+        return True
+    today = asdict(host.config(row.engine))
+    return all(row.config.get(name) == today[name] for name in OF_THE_MACHINE)
 
 
 def _same_draft(row: EngineRow, host: Host) -> bool:

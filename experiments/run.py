@@ -39,20 +39,34 @@ from experiments.limits import price_of
 from experiments.result import EngineRow, ExperimentResult, RequestRow, TrialRow, engine_of, new_id
 
 T = TypeVar("T")
+Keep = Callable[[ExperimentResult], None]
+KEEP_SECONDS = 15.0  # between two of them within one contender: writing a large result takes a second itself
 RACE_LABEL = "Race: the engines ran at the same time and slowed each other down; these are not speeds of their own."
+SIMULATED_LABEL = (
+    "Simulated acceptance: the engines kept as many drafts as they were told to, whatever these were. The speed is "
+    "what such an acceptance gives; no model has reached it here."
+)
 SHARED_CORES_LABEL = "Measured on a CPU: engine, load generator and page share its cores."
 
 
 async def run(
-    experiment: Experiment, plan: Plan, host: Host, emit: Emit, among: tuple[Contender, ...] = (), only: str = ""
+    experiment: Experiment,
+    plan: Plan,
+    host: Host,
+    emit: Emit,
+    among: tuple[Contender, ...] = (),
+    only: str = "",
+    keep: Keep | None = None,
 ) -> ExperimentResult:
     """Run `plan` and return its result, also emitted last.
 
     `among`: all contenders, where they have been made out already; `only` the one with this key is run here.
     An engine that cannot be started becomes a row with its error, and so does a failed request; the run goes on.
     When the task is cancelled, what was measured so far is emitted as a result that was stopped early.
+    `keep` is given what there is so far, under the id of the whole and as stopped early, after each contender or level
+    that was measured: so that it is not lost when this process is killed.
     """
-    runner = _Runner(experiment, plan, host, emit, among, only)
+    runner = _Runner(experiment, plan, host, emit, among, only, keep)
     with host.in_use():
         try:
             await runner.run()
@@ -82,7 +96,9 @@ class _Runner:
         emit: Emit,
         among: tuple[Contender, ...] = (),
         only: str = "",
+        keep: Keep | None = None,
     ) -> None:
+        self.keep, self.kept = keep, monotonic_clock()
         self.experiment, self.plan, self.host, self.emit = experiment, plan, host, emit
         contenders = among or experiment.contenders(plan, host)
         able = tuple(contender for contender in contenders if not contender.unavailable)
@@ -92,6 +108,7 @@ class _Runner:
         self.total = sum(takes_part(trial, contender.key) for trial in self.trials for contender in running)
         self.done = 0
         self.started = datetime.now(UTC)
+        self.id = new_id(experiment.name, self.started)
         self.origin = monotonic_clock()
         self.rows: dict[str, EngineRow] = {}
         self.requests: list[RequestRow] = []
@@ -108,6 +125,15 @@ class _Runner:
                 self.emit(EngineFailed(self.rows[contender.key]))
         for block in blocks(self.contenders, self.host.resident_together):
             await self._run_block(block)
+            await self._keep(at_least=0.0)
+
+    async def _keep(self, at_least: float) -> None:
+        """Hand on what there is, unless that was done less than `at_least` seconds ago. Nobody is timed then."""
+        if self.keep is None or not self.requests or monotonic_clock() - self.kept < at_least:
+            return
+        keep, so_far = self.keep, replace(self.result(), stopped_early=True)
+        await in_thread(lambda: keep(so_far))
+        self.kept = monotonic_clock()
 
     async def _run_block(self, block: tuple[Contender, ...]) -> None:
         """Contenders that can be loaded at the same time: they take turns, trial by trial."""
@@ -127,13 +153,20 @@ class _Runner:
             for trial in self.trials:
                 order = rotated(tuple(reached), measured)
                 measured += not trial.warmup
-                order = tuple(key for key in order if takes_part(trial, key))
+                order = tuple(key for key in order if takes_part(trial, key) and not self._too_long(trial, key))
                 if self.plan.race:
                     fit = await asyncio.gather(*(self._survived(key, reached[key], trial) for key in order))
                 else:
                     fit = [await self._survived(key, reached[key], trial) for key in order]
                 for key in (key for key, survived in zip(order, fit, strict=True) if not survived):
                     del reached[key]
+                await self._keep(KEEP_SECONDS)
+
+    def _too_long(self, trial: Trial, key: str) -> bool:
+        """Such a trial is passed over."""
+        passed_over = self.experiment.too_long(self.plan, trial, key, self.requests)
+        self.done += passed_over
+        return passed_over
 
     async def _survived(self, key: str, reached: _Reached, trial: Trial) -> bool:
         """Whether the contender can go on after this trial. Its load generator's breakdown is no other contender's."""
@@ -233,7 +266,7 @@ class _Runner:
 
     def result(self) -> ExperimentResult:
         return ExperimentResult(
-            id=new_id(self.experiment.name, self.started),
+            id=self.id,
             experiment=self.experiment.name,
             started=self.started.isoformat(timespec="seconds"),
             host=self.host.name,
@@ -260,6 +293,8 @@ class _Runner:
             labels.append(SHARED_CORES_LABEL)
         if self.restless:
             labels.append("Another engine kept the processor busy during some requests; those were slowed by it.")
+        if any((row.config.get("speculation") or {}).get("simulated_length") for row in self.rows.values()):
+            labels.append(SIMULATED_LABEL)
         if self.host.model_note:
             labels.append(self.host.model_note)
         if any(row.timeline.token_source == "estimated" and row.timeline.arrivals for row in self.requests):

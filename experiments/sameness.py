@@ -35,8 +35,8 @@ class Sameness:
 
 def same_answers(result: ExperimentResult) -> list[Sameness]:
     """Every contender's first answer in each group beside the first contender's; empty above temperature 0, where
-    answers differ by intent."""
-    if result.settings.get("temperature") != 0:
+    answers differ by intent, and of random weights, which each engine draws for itself."""
+    if result.settings.get("temperature") != 0 or any(row.config.get("random_weights") for row in result.engines):
         return []
     found = []
     groups = list(dict.fromkeys(row.group for row in result.requests if not row.warmup))[:MOST_GROUPS]

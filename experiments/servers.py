@@ -98,7 +98,7 @@ POLITE = Setting(
 def own_settings(experiment: Experiment) -> tuple[Setting, ...]:
     """The experiment's settings as they suit somebody else's server."""
     found = []
-    for setting in experiment.settings:
+    for setting in (one for one in experiment.settings if one.on_page):
         if setting.name == "levels":
             polite = ", ".join(str(level) for level in LEVELS if level <= POLITE_USERS)
             found += [replace(setting, default=polite), POLITE]

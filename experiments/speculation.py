@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from engines.base import Speculation
+from engines.base import Engine, Speculation
 from engines.compatible import AS_IT_IS
 from experiments.base import (
     ANSWER_LENGTH,
@@ -30,6 +30,7 @@ from experiments.base import (
     Setting,
     Table,
     Trial,
+    check_number,
     checked,
     plain_contenders,
 )
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 SPEED = METRICS["decode_speed"]
 MOST_DRAFT_TOKENS = 8
+SIMULATED_DRAFT_TOKENS = 1
 PROMPTS = (
     DEFAULT_PROMPT,
     "How does speculative decoding make a model answer faster?",
@@ -55,15 +57,22 @@ METHODS = {"mtp": "prediction head", "draft_model": "draft model", "ngram": "n-g
 
 @dataclass(frozen=True, slots=True)
 class SpeculationPlan(Plan):
-    """`prompt` holds one prompt per line. Several `draft_tokens` make a sweep. `method` None: what the model offers."""
+    """`prompt` holds one prompt per line. Several `draft_tokens` make a sweep. `method` None: what the model offers.
+
+    `simulated_acceptance`: mean tokens per step that the engines are told to reach with one draft token each, in place
+    of the sweep. For models with random weights, which guess their own next token no better than by chance.
+    """
 
     draft_tokens: tuple[int, ...] = (3,)
     method: Literal["mtp", "draft_model", "ngram"] | None = None
+    simulated_acceptance: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super(SpeculationPlan, self).__post_init__()
         if not self.draft_tokens or not all(1 <= count <= MOST_DRAFT_TOKENS for count in self.draft_tokens):
             raise PlanError("draft_tokens", f"Draft tokens must be whole numbers from 1 to {MOST_DRAFT_TOKENS}.")
+        for length in self.simulated_acceptance:
+            check_number("simulated_acceptance", "Simulated acceptance lengths", length, 1, 1 + SIMULATED_DRAFT_TOKENS)
 
 
 def best_method(host: Host) -> Literal["mtp", "draft_model", "ngram"]:
@@ -80,19 +89,58 @@ def contenders(plan: Plan, host: Host) -> tuple[Contender, ...]:
     ours = [engine for engine in host.engines if not engine.as_it_is]
     if method == "draft_model" and not host.draft_model and ours:
         raise PlanError("method", "This model brings no draft model. Choose another way of guessing.")
+    if plan.simulated_acceptance:
+        _check_simulation(method, ours, host)
     found = []
     for plain in plain_contenders(plan, host):
         found.append(plain)
         if plain.engine.as_it_is:
             found.append(Contender(f"{plain.key}+speculation", plain.engine, "speculation", {}, plain.key, AS_IT_IS))
             continue
-        for count in sorted(set(plan.draft_tokens)):
-            speculation = Speculation(method, count, host.draft_model if method == "draft_model" else None)
-            variant = f"{METHODS[method]}, {count} token{'s' if count > 1 else ''}"
-            changes = {"speculation": speculation}
-            key = f"{plain.key}+{method}-{count}"
+        for key, variant, speculation in _speculations(plan, method, host):
+            changes, key = {"speculation": speculation}, f"{plain.key}+{key}"
             found.append(checked(Contender(key, plain.engine, variant, changes, plain.key), host))
     return tuple(found)
+
+
+def _speculations(
+    plan: SpeculationPlan, method: Literal["mtp", "draft_model", "ngram"], host: Host
+) -> list[tuple[str, str, Speculation]]:
+    """Each way to speculate that is asked for: what names its rows, its variant in words, and itself."""
+    if plan.simulated_acceptance:
+        return [
+            (
+                f"{method}-simulated-{length:g}",
+                f"simulated acceptance length {length:g}",
+                Speculation(method, SIMULATED_DRAFT_TOKENS, simulated_length=length),
+            )
+            for length in sorted(set(plan.simulated_acceptance))
+        ]
+    draft = host.draft_model if method == "draft_model" else None
+    return [
+        (
+            f"{method}-{count}",
+            f"{METHODS[method]}, {count} token{'s' if count > 1 else ''}",
+            Speculation(method, count, draft),
+        )
+        for count in sorted(set(plan.draft_tokens))
+    ]
+
+
+def _check_simulation(method: str, ours: list[Engine], host: Host) -> None:
+    """Raises PlanError where a simulated acceptance would be passed off as a model's own."""
+    if not ours or not all(host.config(engine.name).random_weights for engine in ours):
+        raise PlanError(
+            "simulated_acceptance",
+            "Acceptance is simulated only for a model with random weights (--random-weights): a real model shows its "
+            "own.",
+        )
+    if method != "mtp" or not host.has_prediction_head():
+        raise PlanError(
+            "simulated_acceptance",
+            "Acceptance is simulated for a model's own prediction head, and this model has none or was told to guess "
+            "in another way.",
+        )
 
 
 def trials(plan: Plan, contenders: tuple[Contender, ...]) -> tuple[Trial, ...]:
@@ -243,7 +291,7 @@ def sweep_chart(result: ExperimentResult) -> plotly.graph_objects.Figure | None:
     chart = go.Figure()
     for name, rows in swept.items():
         plain = result.distribution(name, SPEED)
-        points = [(drafted(row), result.distribution(row.name, SPEED)) for row in rows]
+        points = [(simulated(row) or drafted(row), result.distribution(row.name, SPEED)) for row in rows]
         points = [(count, speed) for count, speed in points if speed.mean is not None]
         chart.add_scatter(
             x=[count for count, _ in points],
@@ -257,15 +305,26 @@ def sweep_chart(result: ExperimentResult) -> plotly.graph_objects.Figure | None:
             chart.add_hline(
                 plain.mean, line_dash="dash", line_color=INK, annotation_text=f"{engines[name].label} without"
             )
-    chart.update_xaxes(title={"text": "draft tokens per step", "standoff": 3}, dtick=1)  # clear of the small print
+    lengths = any(simulated(row) for rows in swept.values() for row in rows)
+    over = "simulated acceptance length, tokens per step" if lengths else "draft tokens per step"
+    chart.update_xaxes(title={"text": over, "standoff": 3}, dtick=None if lengths else 1)  # clear of the small print
     chart.update_yaxes(title="tok/s", rangemode="tozero")
-    chart.update_layout(title="Speed over the number of draft tokens")
+    chart.update_layout(
+        title=f"Speed over the {'simulated acceptance length' if lengths else 'number of draft tokens'}"
+    )
     return styled(chart, result, "points: mean, whiskers: 95 % interval")
 
 
 def drafted(row: EngineRow) -> int:
     speculation: dict[str, Any] = row.config.get("speculation") or {}
     return int(speculation.get("draft_tokens", 0))
+
+
+def simulated(row: EngineRow) -> float | None:
+    """The acceptance length that the engine was told to reach; None where it checked its drafts."""
+    speculation: dict[str, Any] = row.config.get("speculation") or {}
+    length = speculation.get("simulated_length")
+    return None if length is None else float(length)
 
 
 EXPERIMENT = Experiment(
@@ -298,6 +357,15 @@ EXPERIMENT = Experiment(
                 "Its draft model": "draft_model",
                 "A look-up in the text so far (n-gram)": "ngram",
             },
+        ),
+        Setting(
+            "simulated_acceptance",
+            "numbers",
+            "Simulated acceptance",
+            "Mean tokens per step, from 1 to 2, that the engines are told to reach with one draft token, whatever they "
+            "draft: 1.0,1.5,1.8,2.0. Only with --random-weights; every result says that it was simulated.",
+            "",
+            on_page=False,
         ),
         REPEATS,
         WARMUPS,

@@ -9,6 +9,10 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
+from app import _parser, make_host
+from engines.local import LocalHost
 from engines.server import free_port
 from tests.conftest import wait_until
 from tests.running_app import PROJECT, RunningApp, alive
@@ -65,3 +69,40 @@ def test_an_engine_that_nobody_knows_exits_with_two_and_a_sentence(tmp_path: Pat
     message = "There is no engine called 'llamafile'. Known engines: transformers, vllm, sglang."
     assert (ended.returncode, ended.stderr.strip(), ended.stdout) == (2, message, "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--random-weights", "gpt-5"],
+            "There is no shape called 'gpt-5'. Known shapes: qwen3.5-4b, gemma-4-26b-a4b.",
+        ),
+        (
+            ["--random-weights", "qwen3.5-4b", "--model", "x"],
+            "--random-weights makes a model on this machine: it goes with neither --model nor --host.",
+        ),
+    ],
+)
+def test_random_weights_that_cannot_be_exit_with_two_and_a_sentence(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
+    environment = {**os.environ, "BAKEOFF_CACHE": str(tmp_path)}
+    command = [sys.executable, "app.py", *options]
+    ended = subprocess.run(
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (ended.returncode, ended.stderr.strip()) == (2, message)
+
+
+def test_a_page_of_random_weights_has_them_in_its_cache_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAKEOFF_CACHE", str(tmp_path))
+    host = make_host(_parser().parse_args(["--scripted", "--random-weights", "qwen3.5-4b"]))
+    assert (host.model_label, host.model_note) == (
+        "Qwen3.5-4B (random weights)",
+        "random weights: speed is real, text is not",
+    )
+    assert isinstance(host, LocalHost) and Path(host.model).parent == tmp_path / "models"
+    host.close()

@@ -136,7 +136,7 @@ def controls_as_set(experiment: Experiment, host: AnyHost, tab: Tab, result: Exp
 
 def as_typed(setting: Setting, value: Any) -> Any:
     """What a visitor would have typed or chosen for a plan's `value`. Raises PlanError for none of this setting's."""
-    if setting.kind == "wholes" and isinstance(value, list | tuple):
+    if setting.kind in ("wholes", "numbers") and isinstance(value, list | tuple):
         typed: Any = ", ".join(str(one) for one in value)
     elif setting.kind == "choice":
         typed = next((words for words, meant in setting.choices.items() if meant == value), None)
@@ -149,7 +149,7 @@ def as_typed(setting: Setting, value: Any) -> Any:
         return str(value) if setting.default is None else value
     else:
         typed = value
-    kinds = {"switch": bool, "choice": str, "wholes": str, "text": str, "line": str}
+    kinds = {"switch": bool, "choice": str, "wholes": str, "numbers": str, "text": str, "line": str}
     if not isinstance(typed, kinds[setting.kind]):
         raise PlanError(setting.name, f"{setting.label} cannot be {value!r} here.")
     setting.read(typed)

@@ -115,9 +115,10 @@ def settings_of(experiment: Experiment, host: AnyHost) -> tuple[Setting, ...]:
     """What a visitor can set: the experiment's own settings that mean something here, and what to rent."""
     if isinstance(host, UrlHost):
         return url_settings(experiment)
+    own = tuple(setting for setting in experiment.settings if setting.on_page)
     if not isinstance(host, RentedHost):
-        return experiment.settings
-    own = tuple(setting for setting in experiment.settings if setting is not RACE)  # every engine has its own machine
+        return own
+    own = tuple(setting for setting in own if setting is not RACE)  # every engine has its own machine
     return own + rent_settings(experiment.name, host)
 
 

@@ -208,3 +208,72 @@ def test_a_plain_kill_ends_the_run_and_its_engines_in_order(model: str, tmp_path
         assert "Stopped." in process.stderr.read().splitlines()
     assert children
     wait_until(lambda: not any(child.is_running() for child in children), 5)
+
+
+def test_random_weights_are_labelled_in_the_result_and_answers_have_an_exact_length(
+    scripted: MakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["baseline", "--random-weights", "qwen3.5-4b", "--out", str(tmp_path / "results"), *SHORT]
+    assert main(options, (scripted("quick"),)) == 0
+    result = saved(tmp_path / "results")
+    assert result.model == "Qwen3.5-4B (random weights)"
+    assert "random weights: speed is real, text is not" in result.labels
+    assert result.settings["fixed_length"] is True
+    assert result.engines[0].config["random_weights"] is True
+    assert "random weights: speed is real, text is not" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--random-weights", "qwen3.5-4b", "--model", "x"], "it goes with neither --model nor --host."),
+        (["--random-weights", "qwen3.5-4b", "--host", "rehearsal"], "it goes with neither --model nor --host."),
+        (["--together", "--host", "rehearsal"], "--together is for engines that share this machine's GPU"),
+    ],
+)
+def test_options_that_do_not_go_together_exit_with_two_and_the_reason(
+    scripted: MakeEngine, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["baseline", *options], (scripted("quick"),)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_acceptance_is_not_simulated_for_a_real_model(
+    scripted: MakeEngine, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["speculation", "--model", model, "--simulated-acceptance", "1.5", "--out", str(tmp_path / "results")]
+    assert main(options, (scripted("quick"),)) == 2
+    assert "Acceptance is simulated only for a model with random weights" in capsys.readouterr().err
+
+
+def test_all_takes_settings_too_and_leaves_each_experiment_its_own_defaults(
+    scripted: MakeEngine, model: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    options = ["all", "--model", model, "--out", str(out), "--tokens", "9", "--levels", "2"]
+    assert main(options, (scripted("quick"),), (BASELINE, CONCURRENCY)) == 0
+    results = [ExperimentResult.from_json(path.read_text(encoding="utf-8")) for path in sorted(out.iterdir())]
+    assert [(one.experiment, one.settings["max_tokens"]) for one in results] == [("baseline", 9), ("concurrency", 9)]
+    assert [one.settings["repeats"] for one in results] == [1, 1]  # the short defaults of this test
+    assert results[1].settings["levels"] == [2]
+    prompts = {one.settings["prompt"] for one in results}
+    assert prompts == {setting.default for setting in BASELINE.settings if setting.name == "prompt"}
+
+
+def test_a_run_that_is_killed_leaves_what_it_had_measured_and_is_measured_again(model: str, tmp_path: Path) -> None:
+    program = (
+        "import sys; import experiments.run; experiments.run.KEEP_SECONDS = 0.0; "
+        "from engines.scripted import SCRIPTED_ENGINES; from experiments.__main__ import main; "
+        "sys.exit(main(sys.argv[1:], SCRIPTED_ENGINES[1:2]))"
+    )
+    out = tmp_path / "results"
+    options = ["baseline", "--model", model, "--out", str(out), "--tokens", "20", "--repeats", "20", "--warmups", "0"]
+    command = [sys.executable, "-c", program, *options]
+    with subprocess.Popen(command, cwd=PROJECT, env=os.environ, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: out.is_dir() and any(out.glob("*.json")), 30)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    result = saved(out)
+    assert result.stopped_early and 0 < len(result.requests) < 20
+    assert not any(row.timeline.error for row in result.requests)
+    wait_until(lambda: not any(child.is_running() for child in children), 10)

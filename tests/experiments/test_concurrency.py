@@ -11,7 +11,8 @@ import pytest
 from engines.base import Engine, EngineConfig, EngineError
 from engines.local import LocalHost
 from engines.scripted import Script, scripted_engine
-from experiments.base import Contender, PlanError, Trial
+from experiments import levels
+from experiments.base import Contender, PlanError, Trial, TrialStarted
 from experiments.concurrency import EXPERIMENT
 from experiments.levels import ConcurrencyPlan, arrival_ceiling, extrapolated_point, points, times_one_user
 from experiments.result import EngineRow, ExperimentResult
@@ -320,3 +321,26 @@ def test_sustained_users_are_measured_while_all_are_served(shared: LocalHost) ->
     assert 70 < found.tokens_per_second < 160
     assert len(result.measured("quick")) > 6
     assert found.failed == 0
+
+
+def test_a_level_of_the_naive_queue_that_takes_too_long_is_extrapolated_and_said(
+    scripted: Callable[..., Engine], make_host: Callable[..., LocalHost], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(levels, "SEQUENTIAL_SECONDS", 1.0)
+    naive = scripted("transformers", at_once=1, first_token=0.1, gap=0.02)  # 0.4 s for 16 tokens: 2 users are 0.8 s
+    host = make_host(naive, scripted("quick"))
+    plan = plan_for("transformers", "quick", levels=(1, 2, 4), spacing_ms=10, warmups=0, max_tokens=16)
+    events: list[object] = []
+    result = asyncio.run(run(EXPERIMENT, plan, host, events.append))
+    asked = {(trial.engine, trial.group) for trial in result.trials}
+    assert asked >= {("transformers", "1"), ("transformers", "2"), ("quick", "4")}
+    assert ("transformers", "4") not in asked
+    row = next(one for one in result.engines if one.name == "transformers")
+    assert [(one.level, one.extrapolated) for one in points(result, row)] == [(1, False), (2, False), (4, True)]
+    told = [note for note in EXPERIMENT.notes(result) if "was not measured with" in note]
+    assert told == [
+        f"{row.label} was not measured with 4 users because all their answers, one after the other, would have taken "
+        "more than 90 s."
+    ]
+    started = [event for event in events if isinstance(event, TrialStarted)]
+    assert started[-1].done <= started[-1].of - 1  # what was passed over counts as done

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engines.base import Usage
+from experiments.base import Trial
 from experiments.levels import (
     arrival_ceiling,
     extrapolated_point,
@@ -19,9 +20,10 @@ from experiments.levels import (
     steady_window,
     times_one_user,
     token_moments,
+    too_long,
     waited,
 )
-from tests.experiments.level_rows import NAIVE, VLLM, answer, point, result_of, wave
+from tests.experiments.level_rows import NAIVE, VLLM, answer, plan_for, point, result_of, wave
 
 # A wave
 
@@ -270,3 +272,45 @@ def test_a_wait_of_minutes_is_told_in_seconds() -> None:
     assert waited(0.0842) == "84.2 ms"
     assert waited(1180.0) == "1,180.0 s"
     assert waited(None) == "–"
+
+
+# What would take too long
+
+
+def trial_of(users: int, warmup: bool = False) -> Trial:
+    return Trial("a level", 1, warmup, ("Go.",) * users, group=str(users))
+
+
+@pytest.mark.parametrize(
+    ("users", "repeats", "seconds", "expected"),
+    [
+        pytest.param(1, 1, 80.0, False, id="nothing is known yet of one user"),
+        pytest.param(4, 1, 22.0, False, id="4 x 22 s are 88"),
+        pytest.param(4, 1, 23.0, True, id="4 x 23 s are 92"),
+        pytest.param(4, 2, 12.0, True, id="2 x 4 x 12 s are 96"),
+        pytest.param(128, 1, 0.5, False, id="128 x 0.5 s are 64"),
+    ],
+)
+def test_the_naive_queue_is_passed_over_where_a_level_would_take_longer_than_ninety_seconds(
+    users: int, repeats: int, seconds: float, expected: bool
+) -> None:
+    plan = plan_for("transformers", repeats=repeats)
+    seen = [answer("transformers", 1, first=seconds, gap=0.0, tokens=2)] if users > 1 else []
+    assert too_long(plan, trial_of(users), "transformers", seen) is expected
+    assert not too_long(plan, trial_of(users), "transformers+batching", seen)
+    assert not too_long(plan, trial_of(users, warmup=True), "transformers", seen)
+    assert not too_long(replace(plan, measure_all=True), trial_of(users), "transformers", seen)
+
+
+def test_only_answers_that_had_nobody_before_them_say_how_long_one_takes() -> None:
+    queue = [answer("transformers", 4, place, first=5.0 * (place + 1), gap=0.0, tokens=2) for place in range(4)]
+    plan = plan_for("transformers")
+    assert not too_long(plan, trial_of(16), "transformers", queue)  # 16 x 5 s, not 16 x 20 s
+    assert too_long(plan, trial_of(32), "transformers", queue)
+
+
+def test_the_smallest_level_is_measured_in_every_repeat() -> None:
+    plan = plan_for("transformers", repeats=3, levels=(8, 16))
+    seen = [answer("transformers", 8, place, first=60.0, gap=0.0, tokens=2) for place in range(8)]
+    assert not too_long(plan, replace(trial_of(8), repeat=2), "transformers", seen)
+    assert too_long(plan, trial_of(16), "transformers", seen)

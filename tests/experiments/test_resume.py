@@ -145,3 +145,26 @@ def test_of_several_the_newest_is_named_and_what_cannot_be_read_is_passed_over(
     passed = [f"{tmp_path / name} is passed over: This file " for name in ("folder.json", "half.json", "other.json")]
     assert len(caplog.messages) == 3
     assert all(message.startswith(words) for message, words in zip(caplog.messages, passed, strict=True))
+
+
+def test_a_result_from_before_a_setting_existed_was_measured_by_its_default(
+    host: LocalHost, swept: ExperimentResult, tmp_path: Path
+) -> None:
+    older = {name: value for name, value in swept.settings.items() if name != "simulated_acceptance"}
+    path = replace(swept, settings=older).save(tmp_path)
+    assert measured_already(BOTH, host, tmp_path) == {"speculation": path}
+    simulated = [(speculation.EXPERIMENT, replace(SWEEP, simulated_acceptance=(1.5,)))]
+    assert measured_already(simulated, host, tmp_path) == {}
+
+
+@pytest.mark.parametrize(("name", "value"), [("cache_gib", 8.0), ("random_weights", True), ("tensor_parallel", 2)])
+def test_engines_that_had_another_part_of_the_machine_are_measured_anew(
+    host: LocalHost, whole: ExperimentResult, tmp_path: Path, name: str, value: object
+) -> None:
+    now = asdict(host.config("quick"))
+    as_now = replace(whole, engines=tuple(replace(row, config=now) for row in whole.engines))
+    path = as_now.save(tmp_path)
+    assert measured_already(BOTH, host, tmp_path) == {"baseline": path}
+    other = replace(whole, engines=tuple(replace(row, config={**now, name: value}) for row in whole.engines))
+    other.save(tmp_path)
+    assert measured_already(BOTH, host, tmp_path) == {}

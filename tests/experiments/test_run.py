@@ -7,12 +7,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from engines.base import Engine, EngineConfig
 from engines.hardware import Hardware
-from engines.local import LocalHost
+from engines.local import TOGETHER_LABEL, LocalHost
+from engines.random_weights import make_model
 from engines.scripted import Script, scripted_engine
 from experiments.background import BackgroundRun
 from experiments.base import (
@@ -30,6 +32,7 @@ from experiments.metrics import METRICS
 from experiments.result import ExperimentResult
 from experiments.run import RACE_LABEL, SHARED_CORES_LABEL, blocks, rotated, run
 from tests.conftest import MACHINE, wait_until
+from tests.engines.tiny_shapes import TINY_QWEN
 
 ONE_GPU = Hardware(cpu="Test CPU", cores=2, memory_gib=8.0, gpu="Test GPU", gpu_memory_gib=24.0, gpu_count=1)
 
@@ -362,3 +365,44 @@ def test_readers_of_a_run_get_every_event_once_and_in_order(steady: LocalHost) -
     assert [event for batch in batches for event in batch] == background.events
     assert len(batches) > 1
     assert isinstance(batches[-1][-1], RunEnded)
+
+
+def test_what_was_measured_is_kept_after_each_contender_as_part_of_the_same_run(
+    make_host: MakeHost, tmp_path: Path
+) -> None:
+    host = make_host(engine("one"), engine("two"), hardware=ONE_GPU)  # one after the other: two blocks
+    kept: list[ExperimentResult] = []
+
+    def keep(so_far: ExperimentResult) -> None:
+        kept.append(so_far)
+        so_far.save(tmp_path / "out")
+
+    whole = asyncio.run(run(EXPERIMENT, plan_for("one", "two"), host, lambda event: None, keep=keep))
+    assert [len({row.engine for row in so_far.requests}) for so_far in kept] == [1, 2]
+    assert {so_far.id for so_far in kept} == {whole.id}
+    assert all(so_far.stopped_early for so_far in kept) and not whole.stopped_early
+    whole.save(tmp_path / "out")
+    (path,) = (tmp_path / "out").iterdir()  # in its place
+    assert not ExperimentResult.from_json(path.read_text(encoding="utf-8")).stopped_early
+
+
+def test_within_one_contender_it_is_kept_now_and_then(pair: LocalHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    plan = plan_for("one", "two", repeats=3)
+    asyncio.run(run(EXPERIMENT, plan, pair, lambda event: None, keep=lambda so_far: kept.append(len(so_far.requests))))
+    assert kept == [6]  # all of it took less than the seconds between two
+    monkeypatch.setattr("experiments.run.KEEP_SECONDS", 0.0)
+    kept.clear()
+    asyncio.run(run(EXPERIMENT, plan, pair, lambda event: None, keep=lambda so_far: kept.append(len(so_far.requests))))
+    assert kept == [2, 4, 6, 6]
+
+
+def test_engines_that_share_a_gpu_take_turns_and_the_result_says_that_they_shared_it(
+    make_host: MakeHost, tmp_path: Path
+) -> None:
+    folder = str(make_model(TINY_QWEN, (), tmp_path))
+    host = make_host(engine("one"), engine("two"), model=folder, hardware=ONE_GPU, together=True)
+    result, events = run_plan(host, plan_for("one", "two", repeats=2))
+    assert order(events) == [("one", False, 1), ("two", False, 1), ("two", False, 2), ("one", False, 2)]
+    assert TOGETHER_LABEL in result.labels and SHARED_CORES_LABEL not in result.labels
+    assert {row.config["cache_gib"] for row in result.engines} == {host.config("one").cache_gib}

@@ -51,3 +51,14 @@ def test_warm_ups_and_failures_are_not_compared() -> None:
 
 def test_above_temperature_0_answers_differ_by_intent_and_nothing_is_compared() -> None:
     assert compared(answered("quick", "a"), answered("slow", "b"), temperature=0.7) == []
+
+
+def test_answers_of_random_weights_are_not_compared() -> None:
+    requests = (answered("quick", "a b"), answered("slow", "a c"))
+    rows = tuple(
+        EngineRow(name, name.title(), "#000000", config={"random_weights": True}) for name in ("quick", "slow")
+    )
+    result = replace(result_of(), engines=rows, requests=requests, settings={"temperature": 0.0})
+    assert same_answers(result) == []
+    plain = tuple(replace(row, config={"random_weights": False}) for row in rows)
+    assert len(same_answers(replace(result, engines=plain))) == 1

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
-from engines.base import Engine, SpeculationCounters
+from engines.base import Engine, Speculation, SpeculationCounters
 from engines.local import LocalHost
 from engines.model_shape import has_prediction_head
+from engines.random_weights import make_model
 from experiments.base import EngineFailed, PlanError, TrialStarted
 from experiments.metrics import METRICS
 from experiments.report import figures, notes, table
 from experiments.result import EngineRow, ExperimentResult, RequestRow, TrialRow
-from experiments.run import run
+from experiments.run import SIMULATED_LABEL, run
 from experiments.speculation import EXPERIMENT, SpeculationPlan, best_method, contenders, headline, speed_up, trials
+from tests.engines.tiny_shapes import TINY_GEMMA, TINY_QWEN
 from tests.experiments.test_result import answer_at, result_of
 
 MakeEngine = Callable[..., Engine]
@@ -233,3 +235,66 @@ def test_counters_and_speed_up_of_a_scripted_engine_agree_with_its_script(
     started = [event for event in events if isinstance(event, TrialStarted)]
     assert [event.done for event in started] == list(range(12)) and {event.of for event in started} == {12}
     assert ExperimentResult.from_json(result.to_json()).to_json() == result.to_json()
+
+
+# Simulated acceptance
+
+
+@pytest.fixture
+def random_host(scripted: MakeEngine, make_host: MakeHost, tmp_path: Path) -> LocalHost:
+    """A host whose model has a prediction head and random weights, as its engine's script takes it."""
+    return make_host(scripted("quick", accepted=(1, 0)), model=str(make_model(TINY_QWEN, (), tmp_path)))
+
+
+def test_each_simulated_length_makes_one_contender_with_one_draft_token(random_host: LocalHost) -> None:
+    plan = plan_for("quick", method=None, draft_tokens=(3,), simulated_acceptance=(1.8, 1.0, 1.8))
+    found = contenders(plan, random_host)
+    assert [(one.key, one.variant) for one in found] == [
+        ("quick", ""),
+        ("quick+mtp-simulated-1", "simulated acceptance length 1"),
+        ("quick+mtp-simulated-1.8", "simulated acceptance length 1.8"),
+    ]
+    assert [one.changes for one in found[1:]] == [
+        {"speculation": Speculation("mtp", 1, simulated_length=length)} for length in (1.0, 1.8)
+    ]
+    assert EXPERIMENT.read_plan(("quick",), {"simulated_acceptance": "1.0, 1.8"}).simulated_acceptance == (1.0, 1.8)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("typed", ["2.5", "0.5", "nan"])
+def test_a_simulated_length_that_one_draft_cannot_give_is_refused(typed: str) -> None:
+    with pytest.raises(PlanError, match="Simulated acceptance lengths must be a number from 1 to 2") as caught:
+        EXPERIMENT.read_plan(("quick",), {"simulated_acceptance": typed})
+    assert caught.value.field == "simulated_acceptance"
+    with pytest.raises(PlanError, match="Simulated acceptance must be numbers with commas between them, not 'half'"):
+        EXPERIMENT.read_plan(("quick",), {"simulated_acceptance": "half"})
+
+
+def test_acceptance_is_simulated_neither_for_a_real_model_nor_without_a_prediction_head(
+    scripted: MakeEngine, make_host: MakeHost, random_host: LocalHost, tmp_path: Path
+) -> None:
+    plan = plan_for("quick", method=None, simulated_acceptance=(1.5,))
+    with pytest.raises(PlanError, match="only for a model with random weights"):
+        contenders(plan, make_host(scripted("quick")))
+    headless = make_host(scripted("quick"), model=str(make_model(TINY_GEMMA, (), tmp_path)))
+    with pytest.raises(PlanError, match="this model has none"):
+        contenders(plan, headless)
+    with pytest.raises(PlanError, match="told to guess in another way"):
+        contenders(replace(plan, method="ngram"), random_host)
+
+
+def test_what_was_simulated_says_so_in_labels_notes_pictures_and_words(random_host: LocalHost) -> None:
+    plan = plan_for("quick", method=None, simulated_acceptance=(1.5, 2.0))
+    result = asyncio.run(run(EXPERIMENT, plan, random_host, lambda event: None))
+    assert SIMULATED_LABEL in result.labels
+    assert SIMULATED_LABEL in notes(result)
+    told = [row[0] for row in table(result).rows[1:]]
+    assert told == ["Quick, simulated acceptance length 1.5", "Quick, simulated acceptance length 2"]
+    assert "simulated acceptance length" in headline(result)
+    drawn = figures(result)
+    for name in ("speed", "sweep"):
+        assert "Simulated acceptance: the engines kept as many drafts" in drawn[name].to_json()
+    sweep = drawn["sweep"]
+    assert [list(trace.x) for trace in sweep.data] == [[1.5, 2.0]]
+    assert sweep.layout.xaxis.title.text == "simulated acceptance length, tokens per step"
+    plain = asyncio.run(run(EXPERIMENT, plan_for("quick"), random_host, lambda event: None))
+    assert SIMULATED_LABEL not in plain.labels

@@ -6,10 +6,12 @@ import argparse
 import asyncio
 import logging
 import os
+import shlex
 import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, NoReturn
 
 from demo_model.bundled import default_model, draft_model, model_label, model_note
 from engines import ENGINES
@@ -35,6 +37,7 @@ from experiments.resume import measured_already, measured_something
 from experiments.servers import MOST_SERVERS, POLITE_USERS, NamedServer, look_for_models, read_run, servers_of
 from experiments.wire import BUNDLED
 
+SERIES = "series"
 RENT_FIELDS = tuple(field.name for field in fields(Rent))
 
 log = logging.getLogger("bakeoff")
@@ -46,6 +49,7 @@ def main(
     experiments: tuple[Experiment, ...] = EXPERIMENTS,
 ) -> int:
     options = _parser(engines, experiments).parse_args(arguments)
+    series = options.experiment == SERIES
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -53,8 +57,11 @@ def main(
     chosen = [experiment for experiment in experiments if options.experiment in (experiment.name, "all")]
     plans: list[tuple[Experiment, Plan, Host]] = []
     try:
+        asked = read_series(Path(options.file), names, engines, experiments) if series else []
         host = _host(options, tuple(engine for engine in engines if engine.name in names))
         if isinstance(host, UrlHost):
+            if series:
+                raise PlanError("file", "A series keeps our engines loaded: it goes not with --host url.")
             servers = _servers(options)
             if options.look:
                 return _look(servers)
@@ -62,8 +69,10 @@ def main(
         else:
             # When an answer ends, the weights' values decide: random ones must not.
             random = isinstance(host, LocalHost) and host.random_weights
-            values = vars(options) | ({"fixed_length": True} if random else {})
-            plans += [(one, one.read_plan(names, values), _machine(one, host, options)) for one in chosen]
+            asked += [(one, names, vars(options)) for one in chosen]
+            for one, theirs, values in asked:
+                values |= {"fixed_length": True} if random else {}
+                plans.append((one, one.read_plan(theirs, values), _machine(one, host, options)))
     except (PlanError, EngineError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -81,6 +90,45 @@ def main(
     finally:
         host.close()
     return max(codes)
+
+
+def read_series(
+    file: Path, names: tuple[str, ...], engines: tuple[Engine, ...], experiments: tuple[Experiment, ...]
+) -> list[tuple[Experiment, tuple[str, ...], dict[str, Any]]]:
+    """Experiment, engines and settings of each line; empty ones and what follows a # are passed over.
+
+    Raises PlanError that names the line.
+    """
+    parser = _LineParser(prog="a line", add_help=False)
+    which = parser.add_subparsers(dest="experiment", required=True, metavar="experiment")
+    for experiment in experiments:
+        one = which.add_parser(experiment.name, add_help=False)
+        one.add_argument("--engine", action="append", choices=names)
+        for setting in experiment.settings:
+            _add_setting(one, setting)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as failure:
+        raise PlanError("file", f"The series {file} cannot be read: {failure}") from failure
+    by_name = {experiment.name: experiment for experiment in experiments}
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            words = shlex.split(line, comments=True)
+            if words:
+                values = vars(parser.parse_args(words))
+                theirs = tuple(dict.fromkeys(values.pop("engine") or names))
+                found.append((by_name[values.pop("experiment")], theirs, values))
+        except ValueError as mistake:
+            raise PlanError("file", f"{file}, line {number}: {mistake}") from mistake
+    if not found:
+        raise PlanError("file", f"The series {file} asks for nothing: a line of it is an experiment and its settings.")
+    return found
+
+
+class _LineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def _host(options: argparse.Namespace, engines: tuple[Engine, ...]) -> AnyHost:
@@ -194,9 +242,18 @@ def _parser(engines: tuple[Engine, ...], experiments: tuple[Experiment, ...]) ->
     shared = {setting.name: setting for one in reversed(experiments) for setting in one.settings}
     for name in sorted(shared.keys() - {"prompt"}):  # each experiment has questions of its own
         _add_setting(every, shared[name], default=argparse.SUPPRESS)  # what is not given is as each experiment has it
-    every.add_argument(
-        "--again", action="store_true", help="measure also what a result in the --out folder answers already"
+    one_by_one = which.add_parser(
+        SERIES,
+        help="the experiments that a file asks for, one a line, with engines that stay loaded from one to the next",
     )
+    one_by_one.add_argument(
+        "file", help="each line is an experiment and its settings as they stand here, such as: baseline --repeats 5"
+    )
+    _common_options(one_by_one, engines)
+    for several in (every, one_by_one):
+        several.add_argument(
+            "--again", action="store_true", help="measure also what a result in the --out folder answers already"
+        )
     return parser
 
 

@@ -128,13 +128,11 @@ def test_a_stamp_is_right_however_late_it_is_read(truth: RunningTruth) -> None:
             asked = asyncio.create_task(load.answers([(0.0, Request("question 0", 6))]))
             await asyncio.sleep(0.3)
             assert load.pid is not None
-            os.kill(load.pid, signal.SIGSTOP)  # it does nothing for 0.1 s, while at least one chunk comes or none
-            await asyncio.sleep(0.1)
-            os.kill(load.pid, signal.SIGCONT)
-            await asyncio.sleep(0.07)
-            os.kill(load.pid, signal.SIGSTOP)  # two halts of 0.1 s in 0.27 s cannot both miss a chunk every 0.15 s
-            await asyncio.sleep(0.1)
-            os.kill(load.pid, signal.SIGCONT)
+            while not asked.done():  # halts every 0.13 s, chunks every 0.15 s: they cannot keep missing each other
+                os.kill(load.pid, signal.SIGSTOP)
+                await asyncio.sleep(0.1)
+                os.kill(load.pid, signal.SIGCONT)
+                await asyncio.sleep(0.03)
             return await asked
 
     ((answer,), health) = asyncio.run(measure())

@@ -317,6 +317,23 @@ def happened(events: Sequence[Event | Status]) -> list[Any]:
     return found
 
 
+def test_a_real_server_is_measured_by_its_address_as_somebody_elses(serving: Serving) -> None:
+    """What the other host knows of it counts, not what this one does: only the address is given."""
+    name = serving.endpoint.engine.name
+    # Transformers' list holds what lies in the hub's cache, and not the folder that it serves.
+    server = read_server(1, "any", serving.endpoint.base_url, "", serving.endpoint.model)
+    values = {"repeats": 1, "warmups": 1, "max_tokens": TOKENS}
+    plan, machine = read_run(EXPERIMENT, UrlHost(), (server,), values)
+    result = asyncio.run(run(EXPERIMENT, plan, machine, lambda event: None))
+    (row,), (measured,) = result.engines, result.measured("server-1")
+    assert row.error is None and measured.timeline.error is None
+    assert measured.metrics.output_tokens == TOKENS and measured.metrics.decode_speed
+    known = {"vllm": "vllm", "sglang": "sglang", "transformers": "any"}
+    assert row.config["preset"] == known[name]
+    counted = "final usage" if name == "transformers" else "per chunk"
+    assert measured.timeline.token_source == counted
+
+
 def test_stopping_leaves_no_process(host: LocalHost) -> None:
     """The last of this file, because it ends the engines that the others share."""
     for name in NAMES:
@@ -336,20 +353,3 @@ def listening_process(port: int) -> psutil.Process:
         if any(link.status == "LISTEN" and link.laddr.port == port for link in process.net_connections("tcp")):
             return process
     raise AssertionError(f"no process of ours listens on {port}")
-
-
-def test_a_real_server_is_measured_by_its_address_as_somebody_elses(serving: Serving) -> None:
-    """What the other host knows of it counts, not what this one does: only the address is given."""
-    name = serving.endpoint.engine.name
-    # Transformers' list holds what lies in the hub's cache, and not the folder that it serves.
-    server = read_server(1, "any", serving.endpoint.base_url, "", serving.endpoint.model)
-    values = {"repeats": 1, "warmups": 1, "max_tokens": TOKENS}
-    plan, machine = read_run(EXPERIMENT, UrlHost(), (server,), values)
-    result = asyncio.run(run(EXPERIMENT, plan, machine, lambda event: None))
-    (row,), (measured,) = result.engines, result.measured("server-1")
-    assert row.error is None and measured.timeline.error is None
-    assert measured.metrics.output_tokens == TOKENS and measured.metrics.decode_speed
-    known = {"vllm": "vllm", "sglang": "sglang", "transformers": "any"}
-    assert row.config["preset"] == known[name]
-    counted = "final usage" if name == "transformers" else "per chunk"
-    assert measured.timeline.token_source == counted

@@ -277,3 +277,63 @@ def test_a_run_that_is_killed_leaves_what_it_had_measured_and_is_measured_again(
     assert result.stopped_early and 0 < len(result.requests) < 20
     assert not any(row.timeline.error for row in result.requests)
     wait_until(lambda: not any(child.is_running() for child in children), 10)
+
+
+# A series
+
+
+def write_series(folder: Path, text: str) -> str:
+    file = folder / "series.txt"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def test_a_series_runs_its_lines_with_engines_that_stay_loaded_and_goes_on_where_it_was_broken_off(
+    scripted: MakeEngine, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    text = "# two of a kind\n\nbaseline --repeats 1 --warmups 0 --tokens 6\n"
+    text += "baseline --engine two --repeats 2 --warmups 0 --tokens 4  # the second alone\n"
+    out = tmp_path / "results"
+    options = ["series", write_series(tmp_path, text), "--model", model, "--out", str(out)]
+    engines = (scripted("one"), scripted("two"))
+    assert main(options, engines, (BASELINE, CONCURRENCY)) == 0
+    results = [ExperimentResult.from_json(path.read_text(encoding="utf-8")) for path in sorted(out.iterdir())]
+    told = sorted((len(result.engines), len(result.requests), result.settings["max_tokens"]) for result in results)
+    assert told == [(1, 2, 4), (2, 2, 6)]
+    pids = {row.command for result in results for row in result.engines if row.name == "two"}
+    assert len(pids) == 1, "the same server, at the same port"
+    caplog.clear()
+    assert main(options, engines, (BASELINE, CONCURRENCY)) == 0
+    assert caplog.text.count("measured already") == 2
+    assert len(list(out.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("baseline\nbake\n", "line 2: argument experiment: invalid choice: 'bake'"),
+        ("baseline --engine three", "line 1: argument --engine: invalid choice: 'three'"),
+        ("baseline --model x", "line 1: unrecognized arguments: --model x"),
+        ("baseline --prompt 'open", "line 1: No closing quotation"),
+        ("baseline --repeats 0", "Repeats must be a whole number from 1 to 20, not 0."),
+        ("# nothing\n", "asks for nothing: a line of it is an experiment and its settings."),
+    ],
+)
+def test_a_series_that_cannot_be_read_exits_with_two_and_names_the_line(
+    scripted: MakeEngine, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    options = ["series", write_series(tmp_path, text), "--model", model, "--out", str(tmp_path / "results")]
+    assert main(options, (scripted("one"), scripted("two")), (BASELINE, CONCURRENCY)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_series_that_is_not_there_or_for_somebody_elses_servers_exits_with_two(
+    scripted: MakeEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["series", str(tmp_path / "nowhere.txt")], (scripted("one"),)) == 2
+    assert "nowhere.txt cannot be read" in capsys.readouterr().err
+    file = write_series(tmp_path, "baseline")
+    assert main(["series", file, "--host", "url"], (scripted("one"),)) == 2
+    assert "it goes not with --host url" in capsys.readouterr().err

@@ -96,7 +96,7 @@ window.bakeoff = (() => {
   const race = (() => {
     const ROUND_PAUSE = 1500; // ms between two repeats
     const FIGURES = 250; // ms between two updates of the tiles
-    const PATIENCE = 20000; // ms for the page to be there; the recorded engines may be none of its lanes
+    const PATIENCE = 60000; // ms for the page to be there; the recorded engines may be none of its lanes
     let playing = null;
 
     function element(kind, name, text = '') {
@@ -164,10 +164,13 @@ window.bakeoff = (() => {
     function step(now) {
       if (!playing) return;
       const { recorded, round, bar, lanes, arrivals, began } = playing;
+      if (!bar.isConnected) document.getElementById('baseline-progress')?.after(bar);
       const passed = now - began;
       let left = false;
       for (const lane of lanes) {
-        if (!lane.chat.isConnected) return stop(); // another tab is open
+        // Gradio may write a lane anew while the page still fills; a lane that is gone belongs to a tab that is gone.
+        if (!lane.chat.isConnected) lane.chat = document.getElementById(`baseline-chat-${lane.name}`);
+        if (!lane.chat) return stop();
         const tiles = document.querySelector(`#baseline-tiles-${lane.name} .tiles:not(.opening-tiles)`);
         if (!lane.answer.isConnected) lane.chat.append(lane.answer);
         if (tiles && lane.cover.parentElement !== tiles) tiles.append(lane.cover);
@@ -222,7 +225,9 @@ window.bakeoff = (() => {
         if (!wanted) return clearInterval(ready);
         const progress = document.getElementById('baseline-progress');
         const run = document.getElementById('baseline-run');
-        const there = Object.keys(recorded.rounds[0]).some(name => document.querySelector(`#baseline-tiles-${name} .tiles`));
+        // Gradio writes a lane's tiles and its chat at different moments; both must be there, in every lane that is.
+        const filled = Object.keys(recorded.rounds[0]).filter(name => document.querySelector(`#baseline-tiles-${name} .tiles`));
+        const there = filled.length && filled.every(name => document.getElementById(`baseline-chat-${name}`));
         if (performance.now() - asked > PATIENCE) return clearInterval(ready);
         if (!progress || !run || run.disabled || !there) return;
         clearInterval(ready);

@@ -75,12 +75,17 @@ def _cpu_name() -> str:
 
 
 def _nvidia_gpus() -> list[tuple[str, float | None]]:
-    """(name, memory in GiB) of each GPU as nvidia-smi reports it; empty where there is none."""
-    if not shutil.which("nvidia-smi"):
+    """(name, memory in GiB) of each GPU that this process may use, as nvidia-smi reports it; empty where there is none.
+
+    nvidia-smi itself does not heed CUDA_VISIBLE_DEVICES, but takes what stands in it.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not shutil.which("nvidia-smi") or visible in ("", "-1"):
         return []
+    chosen = ["--id", visible] if visible else []
     try:
         answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", *chosen, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=20,

@@ -57,6 +57,16 @@ def test_an_nvidia_gpu_makes_the_device_cuda(machine_with: Machine) -> None:
     assert machine.gpu_memory_gib == 79.6  # 81559 MiB / 1024 = 79.65, shown as 79.6
 
 
+def test_a_gpu_that_this_process_may_not_use_is_not_its_own(
+    machine_with: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = '[ "$1 $2" = "--id 1" ] && echo "Second, 2048" && exit; echo "First, 1024"; echo "Second, 2048"'
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert (machine_with(script).gpu, machine_with(script).gpu_count) == ("Second", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine_with(script).gpu is None
+
+
 def test_several_gpus_are_counted(machine_with: Machine) -> None:
     machine = machine_with("echo 'NVIDIA A100, 40960'; echo 'NVIDIA A100, 40960'")
     assert machine.gpu_count == 2

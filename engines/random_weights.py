@@ -375,7 +375,7 @@ def make_vocabulary(shape: Shape, words: Iterable[str] = ()) -> list[str]:
     """One word per id, all different. The special ones, which no answer shows, come last: what an engine picks when all
     scores are the same is the first."""
     size = shape.vocabulary_size
-    known = list(dict.fromkeys([UNKNOWN, *ROLES, *sorted({word for text in words for word in text.split()})]))
+    known = list(dict.fromkeys([*ROLES, UNKNOWN, *sorted({word for text in words for word in text.split()})]))
     special = {**shape.special, size - 2: PADDING, size - 1: END}
     taken = {*known, *special.values()}
     ordinary = itertools.chain(known, (word for word in _invented_words() if word not in taken))

@@ -12,6 +12,7 @@ CPU_KEY_VALUE_CACHE_GIB = 1
 GIB = 1 << 30
 # vLLM wants this share of the GPU to be free when it starts, even where its cache has a size of its own.
 SHARED_GPU_SHARE = 0.05
+SHARED_GPU_REQUESTS = 256  # at once, at most
 COUNTERS, PER_POSITION = "vllm:spec_decode_num_", "accepted_tokens_per_pos_total"
 
 
@@ -26,6 +27,9 @@ def serve_command(config: EngineConfig) -> list[str]:
         else:  # a given size: measuring what is free would count what other engines take and give back meanwhile
             command += ["--gpu-memory-utilization", str(SHARED_GPU_SHARE)]
             command += ["--kv-cache-memory-bytes", str(round(config.cache_gib * GIB))]
+            # Each request that it may run takes a block for its states of linear attention: of its own 1,024 it says
+            # that they do not fit, and does not start.
+            command += ["--max-num-seqs", str(SHARED_GPU_REQUESTS)]
         command += ["--enable-sleep-mode"] if config.can_sleep else []
     if config.tensor_parallel > 1:
         command += ["--tensor-parallel-size", str(config.tensor_parallel)]

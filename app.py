@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Here, because importing Gradio takes seconds, which the engines put to use.
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         from experiments.library import RECORDINGS
-        from ui.page import add_assets, build_app, largest_upload, middleware
+        from ui.page import add_assets, build_app, largest_upload, middleware, warm
         from ui.public import Tally
         from ui.sharing import Previews
         from ui.theme import css, head, theme
@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         add_assets(server, host.cache / "results", recordings, previews)
         host.watch_pages()
+        warm(page)
         print(f"\nThe page is up: {url}   (Ctrl-C ends it and its engines)\n", flush=True)
         asked_to_end.wait()
         page.close(verbose=False)

@@ -40,7 +40,10 @@ class Entry:
 
 
 class Library:
-    """The results of `folder` and the recordings; a file is read again only when it has changed."""
+    """The results of `folder` and the recordings; a file is read again only when it has changed.
+
+    What lies in the recordings' folder itself is what tabs show first; in its subfolders are further ones.
+    """
 
     def __init__(self, folder: Path, recordings: Path = RECORDINGS) -> None:
         self.folder, self.recordings = folder, recordings
@@ -50,17 +53,22 @@ class Library:
     def entries(self, experiment: str = "") -> list[Entry]:
         """Newest first, own runs before recordings; of one experiment or of all. Broken files are left out."""
         found = []
-        for folder in (self.folder, self.recordings):
-            entries = [entry for path in folder.glob("*.json") if (entry := self._entry(path))]
+        for paths in (self.folder.glob("*.json"), self.recorded()):
+            entries = [entry for path in paths if (entry := self._entry(path))]
             found += sorted(entries, key=lambda entry: entry.started, reverse=True)
         return [entry for entry in found if experiment in ("", entry.experiment)]
+
+    def recorded(self) -> list[Path]:
+        """The files of all recordings."""
+        return [*self.recordings.glob("*.json"), *self.recordings.glob("*/*.json")]
 
     def has_recording(self, experiment: str) -> bool:
         """Whether there seems to be one, without reading it."""
         return any(self.recordings.glob(f"{experiment}-*.json"))
 
     def recording(self, experiment: str) -> Entry | None:
-        """The newest recording of the experiment. Files are named after it, so that no other one has to be read."""
+        """The newest recording of the experiment among those that tabs show first. Files are named after it, so that no
+        other one has to be read."""
         entries = [entry for path in self.recordings.glob(f"{experiment}-*.json") if (entry := self._entry(path))]
         return max(
             (entry for entry in entries if entry.experiment == experiment),
@@ -107,10 +115,13 @@ class Library:
 
     def _path(self, run: str) -> Path:
         if SAFE_ID.fullmatch(run):
-            for folder in (self.folder, self.recordings):
-                if (path := folder / f"{run}.json").is_file():
+            for path in (self.folder / f"{run}.json", *self.recorded()):
+                if path.stem == run and path.is_file():
                     return path
         raise ResultError(f"There is no run called {run[:100]!r} here.")
+
+    def _came_with_the_app(self, path: Path) -> bool:
+        return self.recordings in (path.parent, path.parent.parent)
 
     def _entry(self, path: Path) -> Entry | None:
         try:
@@ -118,7 +129,7 @@ class Library:
         except OSError:  # deleted meanwhile
             return None
         if self._known.get(path, (0, None))[0] != changed:
-            self._known[path] = (changed, _entry_of(path, path.parent == self.recordings))
+            self._known[path] = (changed, _entry_of(path, self._came_with_the_app(path)))
         return self._known[path][1]
 
 

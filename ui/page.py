@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from functools import cache, partial
 from html import escape
 from pathlib import Path
@@ -24,7 +25,7 @@ from experiments import EXPERIMENTS
 from experiments.background import AnyHost
 from experiments.library import LARGEST_UPLOAD, RECORDINGS, Library
 from ui.diagrams import engine_colours
-from ui.frames import Page
+from ui.frames import KeptDocument, Page, settle
 from ui.lanes import head_html
 from ui.opening import opening_race
 from ui.owner import owners_panel
@@ -44,13 +45,14 @@ LOOK_SECONDS = 1.0
 
 def build_app(
     host: AnyHost, recordings: Path = RECORDINGS, rules: PublicRules | None = None, tally: Tally | None = None
-) -> gr.Blocks:
+) -> Page:
     """The page over `host`, which runs the engines. Launching it is the caller's business. `rules`: of a page that is
     open to everybody; `tally`: what its visitors used, which it shares with `middleware`."""
     sessions = Sessions(host.cache / "results", recordings, rules, tally)
     gr.set_static_paths([sessions.files])  # else Gradio copies each file for each visitor, for good
     # What visitors upload and download lies in files that nobody needs the next day.
     page = Page(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400) if rules else None)
+    page.warm = sessions.warm
     with page:
         gr.HTML(masthead_html(host) + notice_html(rules), padding=False)
         servers = servers_panel(host) if isinstance(host, UrlHost) else None  # above the tabs: the same for all
@@ -119,7 +121,8 @@ def mounted(host: AnyHost, recordings: Path = RECORDINGS, rules: PublicRules | N
     host.open()
     folder = host.cache / "results"
     tally = Tally(host.cache) if rules else None
-    page = build_app(host, recordings, rules, tally).queue(default_concurrency_limit=None)
+    page = build_app(host, recordings, rules, tally)
+    page.queue(default_concurrency_limit=None)
     previews = Previews(folder, recordings)
     served: FastAPI = gr.mount_gradio_app(
         FastAPI(),
@@ -134,6 +137,7 @@ def mounted(host: AnyHost, recordings: Path = RECORDINGS, rules: PublicRules | N
         app_kwargs={"middleware": middleware(previews, rules, tally)},
     )
     add_assets(served, folder, recordings, previews)
+    warm(page)
     return served
 
 
@@ -161,7 +165,18 @@ def middleware(previews: Previews, rules: PublicRules | None = None, tally: Tall
         *([Middleware(UploadLimit, rules=rules, tally=tally)] if rules and tally else []),
         Middleware(GZipMiddleware, minimum_size=1000, compresslevel=6),
         Middleware(SocialTags, previews=previews),
+        Middleware(KeptDocument),
     ]
+
+
+def warm(page: Page) -> None:
+    """Behind the page that is up: make what its first visitors will all ask for at once. Returns at once."""
+
+    def work() -> None:
+        page.warm()
+        settle()
+
+    threading.Thread(target=work, name="warm up", daemon=True).start()
 
 
 def add_assets(app: FastAPI, results: Path, recordings: Path = RECORDINGS, previews: Previews | None = None) -> None:

@@ -98,6 +98,7 @@ class Sessions:
         self._turns: dict[str, Turn] = {}
         self.shown: Kept[Any] = Kept(8)  # how results look whose drawing several visitors share
         self._uploads: dict[str, dict[str, ExperimentResult]] = {}
+        self.shown_first: list[Callable[[], Any]] = []  # what makes that which every visitor finds first, once for all
 
     @property
     def files(self) -> Path:
@@ -106,7 +107,7 @@ class Sessions:
 
     def make_room(self, most: int = FILES_BYTES) -> None:
         """Delete the oldest downloads beyond `most` bytes; never a recording's, whose links every page has."""
-        recorded = tuple(path.stem for path in self.library.recordings.glob("*.json"))
+        recorded = tuple(path.stem for path in self.library.recorded())
         found = []
         for path in self.files.iterdir():
             try:
@@ -120,6 +121,11 @@ class Sessions:
             if path.is_file() and not path.name.startswith(recorded):
                 path.unlink(missing_ok=True)
                 left -= size
+
+    def warm(self) -> None:
+        """Make what every visitor finds first, before many at once ask for it."""
+        for make in self.shown_first:
+            make()
 
     # The line
 

@@ -98,7 +98,8 @@ class Sessions:
         self._turns: dict[str, Turn] = {}
         self.shown: Kept[Any] = Kept(8)  # how results look whose drawing several visitors share
         self._uploads: dict[str, dict[str, ExperimentResult]] = {}
-        self.shown_first: list[Callable[[], Any]] = []  # what makes that which every visitor finds first, once for all
+        # Of each tab, what makes that which every visitor finds first, and its charts; each makes it once for all.
+        self.shown_first: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
 
     @property
     def files(self) -> Path:
@@ -124,8 +125,9 @@ class Sessions:
 
     def warm(self) -> None:
         """Make what every visitor finds first, before many at once ask for it."""
-        for make in self.shown_first:
-            make()
+        for frames in zip(*self.shown_first, strict=True):  # all texts before any chart
+            for make in frames:
+                make()
 
     # The line
 

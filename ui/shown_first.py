@@ -28,8 +28,8 @@ def wire_opening(experiment: Experiment, sessions: Sessions, tab: Tab, events: l
     neither is the run of a link. Returns what remembers that something is shown."""
     seen = gr.State(False)
     opening = once(partial(opening_frame, experiment, sessions, tab))  # the same for every visitor
-    sessions.shown_first.append(opening)
     pictures = once(partial(opening_pictures, experiment, sessions, tab))
+    sessions.shown_first.append((opening, pictures))
 
     def show(request: gr.Request, before: bool) -> dict[Any, Any]:
         if before or run_of_link(request, sessions, experiment, tab):

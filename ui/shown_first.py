@@ -20,7 +20,7 @@ from experiments.result import ExperimentResult, ResultError
 from ui.frames import for_another
 from ui.lanes import LaneView
 from ui.session import Sessions
-from ui.tab import Tab, changed_lanes, progress_html, settings_of, show_result
+from ui.tab import Tab, changed_lanes, progress_html, settings_of, show_result, shown_before
 
 
 def wire_opening(experiment: Experiment, sessions: Sessions, tab: Tab, events: list[Callable[..., Any]]) -> gr.State:
@@ -80,7 +80,7 @@ def opening_pictures(experiment: Experiment, sessions: Sessions, tab: Tab) -> di
     recorded = sessions.library.recording(experiment.name)
     if recorded is None:
         return {tab.draw: gr.skip()}
-    shown = show_result(tab.result, sessions.library.load(recorded.id), sessions)
+    shown = shown_before(tab.result, sessions.library.load(recorded.id), sessions)  # as a replay of it ends, too
     return {part: shown[part] for part in tab.result.drawn if part in shown}
 
 

@@ -44,6 +44,7 @@ STAY_ACTIONS = 4  # after which somebody leaves and somebody else comes
 ARRIVAL_SECONDS = 0.3  # between one visitor and the next at the beginning
 STALL_SECONDS = 2.0  # no stream may stand still for longer
 START_SECONDS = 90.0
+WARM = "What every visitor finds first is ready."  # as ui/page.py says it, which would bring Gradio into this process
 STARTED = b"Waiting until the engines are ready"  # what a run's first frame says
 WAITING = b"next in line"
 PROBLEM = b"problem-box"
@@ -455,6 +456,9 @@ def running_page(folder: Path, arguments: tuple[str, ...] = ()) -> Iterator[tupl
         while not (found := re.search(r"The page is up: (http://\S+/)", log.read_text())):
             if process.poll() is not None or monotonic_clock() > deadline:
                 raise VisitError(f"The page did not come up:\n{log.read_text()[-2000:]}")
+            time.sleep(0.1)
+        # Fifty at once come to a page that has stood for a while, not in the seconds in which it draws its first charts.
+        while WARM not in log.read_text() and process.poll() is None and monotonic_clock() < deadline:
             time.sleep(0.1)
         yield found.group(1), process
     finally:

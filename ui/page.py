@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from functools import cache, partial
 from html import escape
@@ -41,6 +42,9 @@ from ui.theme import css, head, theme
 
 TITLE = "LLM Inference Bake-Off"
 LOOK_SECONDS = 1.0
+WARM = "What every visitor finds first is ready."
+
+log = logging.getLogger("bakeoff")
 
 
 def build_app(
@@ -175,6 +179,7 @@ def warm(page: Page) -> None:
     def work() -> None:
         page.warm()
         settle()
+        log.info(WARM)
 
     threading.Thread(target=work, name="warm up", daemon=True).start()
 

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             head=head(),
             app_kwargs={"middleware": middleware(previews, rules, tally)},
         )
-        add_assets(server, host.cache / "results", recordings, previews)
+        add_assets(server, host, host.cache / "results", recordings, previews)
         host.watch_pages()
         warm(page)
         print(f"\nThe page is up: {url}   (Ctrl-C ends it and its engines)\n", flush=True)

@@ -198,11 +198,15 @@ class Visitor:
 
     async def _look(self) -> None:
         """The lights, once a second; the page answers with what has changed."""
-        event = self.page.on("tick")[0]
         await asyncio.sleep(random.random() * LOOK_SECONDS)
+        version = ""
         while True:
             began = monotonic_clock()
-            await self._ask(event)
+            async with self._http.get(f"{self.url}lights.json", params={"since": version}) as answer:
+                if answer.status == 200:
+                    version = (await answer.json())["version"]
+                elif answer.status != 204:
+                    raise VisitError(f"HTTP {answer.status} for the lights")
             took = monotonic_clock() - began
             self.seen.looks.append(took)
             await asyncio.sleep(max(0.0, LOOK_SECONDS - took))
@@ -457,7 +461,7 @@ def running_page(folder: Path, arguments: tuple[str, ...] = ()) -> Iterator[tupl
             if process.poll() is not None or monotonic_clock() > deadline:
                 raise VisitError(f"The page did not come up:\n{log.read_text()[-2000:]}")
             time.sleep(0.1)
-        # Fifty at once come to a page that has stood for a while, not in the seconds in which it draws its first charts.
+        # Fifty at once come to a page that has stood for a while, not while it draws what all will ask for.
         while WARM not in log.read_text() and process.poll() is None and monotonic_clock() < deadline:
             time.sleep(0.1)
         yield found.group(1), process

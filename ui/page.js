@@ -81,7 +81,35 @@ window.bakeoff = (() => {
     }
   }
 
-  setInterval(() => { moveStopwatches(); askForCharts(); }, 250);
+  // The lights, asked for once a second and written into every lane's head; one that a tab has just brought is written
+  // anew. What the server sends there is markup that it has made itself, of words that it has escaped.
+  const lights = { version: '', heads: {} };
+  async function lookAtLights() {
+    if (!document.hidden) {
+      try {
+        const answer = await fetch(`lights.json?since=${lights.version}`);
+        if (answer.status === 200) Object.assign(lights, await answer.json());
+      } catch { /* the page has lost its server, and Gradio says so */ }
+      showLights();
+    }
+    setTimeout(lookAtLights, 1000);
+  }
+
+  const headsShown = new WeakMap(); // a lane's head -> what stands in it
+  function showLights() {
+    for (const [name, html] of Object.entries(lights.heads)) {
+      for (const head of document.querySelectorAll(`[id$="-head-${name}"] .lane-head`)) {
+        if (headsShown.get(head) === html) continue;
+        const made = document.createElement('template');
+        made.innerHTML = html;
+        head.replaceChildren(...made.content.firstElementChild.childNodes);
+        headsShown.set(head, html);
+      }
+    }
+  }
+
+  setInterval(() => { moveStopwatches(); askForCharts(); showLights(); }, 250);
+  lookAtLights();
   // As it comes, so that nobody who uses the page without seeing it meets it before it is mended.
   new MutationObserver(changes => { if (changes.some(change => [...change.addedNodes].some(node => node.nodeType === 1))) quieten(); })
     .observe(document.documentElement, { childList: true, subtree: true });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import threading
 from functools import cache, partial
 from html import escape
@@ -16,10 +17,10 @@ import plotly
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.responses import FileResponse, Response
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from engines.base import Engine
 from engines.local import Status
 from engines.url_host import UrlHost
 from experiments import EXPERIMENTS
@@ -41,7 +42,6 @@ from ui.tab import experiment_tab
 from ui.theme import css, head, theme
 
 TITLE = "LLM Inference Bake-Off"
-LOOK_SECONDS = 1.0
 WARM = "What every visitor finds first is ready."
 
 log = logging.getLogger("bakeoff")
@@ -76,21 +76,6 @@ def build_app(
         refresh_lists(sessions, results, last)
         if rules and rules.admin_token:
             owners_panel(host, sessions)
-        heads = [lane.head for tab in tabs for lane in tab.lanes.values()]
-        names = [name for tab in tabs for name in tab.lanes]
-        shown = gr.State({})  # name -> what this visitor's lights show, so that nothing is sent twice
-
-        def lights(before: dict[str, Status]) -> list[Any]:
-            statuses = host.statuses()
-            updates = [
-                gr.skip() if before.get(name) == statuses[name] else head_html(_engine(host, name), statuses[name])
-                for name in names
-            ]
-            return [*updates, statuses]
-
-        gr.Timer(LOOK_SECONDS).tick(
-            lights, shown, [*heads, shown], show_progress="hidden", queue=False, api_visibility="private"
-        )
 
         def opened(request: gr.Request) -> None:
             host.page_opened(request.session_hash or "")
@@ -140,7 +125,7 @@ def mounted(host: AnyHost, recordings: Path = RECORDINGS, rules: PublicRules | N
         head=head(),
         app_kwargs={"middleware": middleware(previews, rules, tally)},
     )
-    add_assets(served, folder, recordings, previews)
+    add_assets(served, host, folder, recordings, previews)
     warm(page)
     return served
 
@@ -184,9 +169,36 @@ def warm(page: Page) -> None:
     threading.Thread(target=work, name="warm up", daemon=True).start()
 
 
-def add_assets(app: FastAPI, results: Path, recordings: Path = RECORDINGS, previews: Previews | None = None) -> None:
-    """Serve the plotting library from our own server, for exporting charts in the browser, all runs as a zip, and the
-    pictures of runs for links to them."""
+class Lights:
+    """The heads of all lanes, for pages that ask every second: with what they have seen, most are told that it still
+    holds. As events of Gradio's, fifty visitors' questions took a quarter of a core."""
+
+    def __init__(self, host: AnyHost) -> None:
+        self.host = host
+        self._seen: dict[str, Status] = {}
+        self._start, self._changes = secrets.token_hex(3), 0
+
+    @property
+    def version(self) -> str:
+        """Changes with any engine's state, and with the app that tells it."""
+        if (statuses := self.host.statuses()) != self._seen:
+            self._seen, self._changes = statuses, self._changes + 1
+        return f"{self._start}-{self._changes}"
+
+    async def answer(self, request: Request) -> Response:
+        version = self.version
+        if request.query_params.get("since") == version:
+            return Response(status_code=204)
+        statuses = self.host.statuses()
+        heads = {engine.name: head_html(engine, statuses[engine.name]) for engine in self.host.engines}
+        return JSONResponse({"version": version, "heads": heads}, headers={"Cache-Control": "no-store"})
+
+
+def add_assets(
+    app: FastAPI, host: AnyHost, results: Path, recordings: Path = RECORDINGS, previews: Previews | None = None
+) -> None:
+    """Serve the plotting library from our own server, for exporting charts in the browser, all runs as a zip, the
+    pictures of runs for links to them, and the lights."""
     library = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
     async def send(request: Any) -> FileResponse:
@@ -204,6 +216,7 @@ def add_assets(app: FastAPI, results: Path, recordings: Path = RECORDINGS, previ
         return Response(packed, media_type="application/json", headers={"Cache-Control": "max-age=3600"})
 
     ours = [Route("/assets/plotly.min.js", send), Route("/results.zip", archive), Route("/opening.json", race)]
+    ours.append(Route("/lights.json", Lights(host).answer))
     ours += [previews.route()] if previews else []
     app.router.routes[:0] = ours  # before Gradio's own catch-all
 
@@ -229,7 +242,3 @@ def masthead_html(host: AnyHost) -> str:
         f"{len(host.engines)} inference engines answer it side by side, and see which is faster, by how much, and "
         f"whether the difference is real.</p></div><dl class='facts'>{told}</dl>{notice}</header>"
     )
-
-
-def _engine(host: AnyHost, name: str) -> Engine:
-    return next(engine for engine in host.engines if engine.name == name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -143,6 +144,23 @@ def test_runs_per_hour_end_and_the_owner_closes_counts_and_deletes(
     expect(page.locator("#results-upload")).to_be_visible()
     assert page.locator("#results-delete").count() == 0 or not page.locator("#results-delete").is_visible()
     assert TOKEN not in public_app.log
+
+
+def test_a_stranger_with_the_link_alone_has_a_finished_comparison_and_a_plot_in_two_minutes(
+    public_app: RunningApp, open_page: OpenPage, tmp_path: Path
+) -> None:
+    """No setting is touched: the one coloured button, then the chart's own download."""
+    began = time.monotonic()
+    page = open_page(public_app.url(), extra_http_headers={"X-Forwarded-For": "8.8.8.8, 9.9.9.9"})
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(page.locator("#baseline-headline .headline")).to_contain_text("tok/s", timeout=110_000)
+    expect(page.locator("#baseline-speed-chart .js-plotly-plot")).to_be_visible()
+    with page.expect_download() as waiting:
+        page.locator("#baseline-speed-png").click()
+    waiting.value.save_as(tmp_path / "plot.png")
+    took = time.monotonic() - began
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert took < 120, took
 
 
 def test_an_upload_is_its_visitors_own(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments.library import Library, overlaid
+from experiments.library import RECORDINGS, Library, overlaid, read
 from experiments.report import figures, table
 from experiments.result import ExperimentResult, ResultError
 from tests.experiments.test_result import SCHEMA_1, result_of
@@ -113,3 +114,34 @@ def test_two_runs_laid_over_each_other_keep_their_own_numbers() -> None:
 def test_runs_of_different_experiments_are_not_laid_over_each_other() -> None:
     with pytest.raises(ResultError, match="same experiment"):
         overlaid(named("a"), named("b", experiment="speculation"))
+
+
+def test_further_recordings_lie_in_subfolders_are_listed_and_opened_and_never_shown_first(library: Library) -> None:
+    named("baseline-first", "2026-11-21T12:00:00+00:00").save(library.recordings)
+    named("baseline-later", "2026-12-01T12:00:00+00:00").save(library.recordings / "other-machine")
+    shown = library.recording("baseline")
+    assert shown and shown.id == "baseline-first"
+    assert ids(library, "baseline") == ["new", "old", "baseline-later", "shipped", "baseline-first"]
+    assert [entry.recorded for entry in library.entries("baseline")] == [False, False, True, True, True]
+    assert library.load("baseline-later").id == "baseline-later"
+    with pytest.raises(ResultError, match="came with the app"):
+        library.delete("baseline-later")
+    with zipfile.ZipFile(io.BytesIO(library.archive())) as bundle:
+        assert "baseline-later.json" in bundle.namelist()
+
+
+SHIPPED = sorted(RECORDINGS.glob("**/*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_what_ships_can_be_read_says_where_it_was_measured_and_names_no_place_on_that_machine(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    result = read(path)
+    assert result.hardware["words"] and result.started and not result.stopped_early
+    assert not re.search(r"/(home|root|tmp|work)/", text)
+    random = [row for row in result.engines if row.config.get("random_weights")]
+    assert bool(random) == (path.parent.name == "h100")
+    if random:
+        assert "H100" in result.source_line
+        assert "random weights: speed is real, text is not" in result.model_note
+        assert any(label.startswith("random weights") for label in result.labels)

@@ -36,7 +36,10 @@ def page() -> Counting:
 
 @pytest.fixture
 def client(page: Counting) -> TestClient:
-    routes = [Route("/", page.answer, methods=["GET", "POST"]), Route("/other", lambda request: PlainTextResponse("other"))]
+    routes = [
+        Route("/", page.answer, methods=["GET", "POST"]),
+        Route("/other", lambda request: PlainTextResponse("other")),
+    ]
     return TestClient(Starlette(routes=routes, middleware=[Middleware(ContentPolicy), Middleware(KeptDocument)]))
 
 

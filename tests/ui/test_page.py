@@ -8,6 +8,9 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from engines.base import Engine
 from engines.hardware import Hardware
@@ -15,7 +18,7 @@ from engines.local import LocalHost
 from engines.scripted import Script, scripted_engine
 from experiments import EXPERIMENTS
 from tests.conftest import MACHINE
-from ui.page import build_app, masthead_html
+from ui.page import Lights, build_app, masthead_html
 from ui.theme import css, head, theme
 
 MakeEngine = Callable[..., Engine]
@@ -91,3 +94,21 @@ def test_hostile_names_stay_words_in_the_masthead(scripted: MakeEngine, make_hos
     html = masthead_html(make_host(scripted("one"), model_label=hostile, model_note=hostile, hardware=hardware))
     assert "<script" not in html
     assert html.count(escape(hostile)) == 3
+
+
+def test_the_lights_are_told_once_and_again_when_they_have_changed(
+    make_host: MakeHost, scripted: Callable[..., Engine]
+) -> None:
+    host = make_host(scripted("one"), scripted("two"))
+    client = TestClient(Starlette(routes=[Route("/lights.json", Lights(host).answer)]))
+    first = client.get("/lights.json").json()
+    assert set(first["heads"]) == {"one", "two"}
+    assert "not running" in first["heads"]["one"]
+    again = client.get("/lights.json", params={"since": first["version"]})
+    assert (again.status_code, again.content) == (204, b"")
+    host.ready("one")
+    changed = client.get("/lights.json", params={"since": first["version"]}).json()
+    assert changed["version"] != first["version"]
+    assert "light ready" in changed["heads"]["one"] and "not running" in changed["heads"]["two"]
+    other = TestClient(Starlette(routes=[Route("/lights.json", Lights(host).answer)]))  # the app after a restart
+    assert other.get("/lights.json", params={"since": changed["version"]}).status_code == 200

@@ -118,12 +118,13 @@ def start_logging() -> None:
 def make_host(options: argparse.Namespace, rules: PublicRules | None = None) -> LocalHost | RentedHost | UrlHost:
     """Where the engines run. `rules`: of a page that is open to all. Raises EngineError and ValueError for options that
     cannot be."""
-    if options.random_weights and (options.model or options.host != "local"):
-        raise EngineError("--random-weights makes a model on this machine: it goes with neither --model nor --host.")
+    random = ""
+    if options.random_weights:
+        from experiments.prompt_words import random_model
+
+        random = random_model(options.random_weights, options.model, options.host)
     if options.host == "local":
-        model = str(options.model or default_model())
-        if options.random_weights:
-            model = _random_model(options.random_weights)
+        model = random or str(options.model or default_model())
         draft = options.draft_model or draft_model(model)
         return LocalHost(
             _chosen_engines(options),
@@ -147,14 +148,6 @@ def make_host(options: argparse.Namespace, rules: PublicRules | None = None) -> 
         Limits(options.budget_run, options.budget_visitor, options.budget_day),
         options.rehearsal_speed,
     )
-
-
-def _random_model(name: str) -> str:
-    from engines.random_weights import make_model, shape_named
-    from experiments import EXPERIMENTS
-    from experiments.prompt_words import prompt_words
-
-    return str(make_model(shape_named(name), prompt_words(EXPERIMENTS)))
 
 
 def rented_host(kind: str, engines: tuple[Engine, ...], model: str, limits: Limits, speed: float = 1.0) -> RentedHost:

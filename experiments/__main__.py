@@ -20,7 +20,7 @@ from engines.cloud import GPU_CHOICES
 from engines.compatible import PRESETS
 from engines.local import LocalHost
 from engines.modal_cloud import ModalCloud
-from engines.random_weights import SHAPES, make_model, shape_named
+from engines.random_weights import SHAPES
 from engines.rented import RentedHost
 from engines.spending import Limits
 from engines.url_host import UrlHost
@@ -28,7 +28,7 @@ from experiments import EXPERIMENTS
 from experiments.background import AnyHost, measure
 from experiments.base import Event, Experiment, Host, Plan, PlanError, RequestEnded, RunEnded, Setting, TrialStarted
 from experiments.metrics import METRICS
-from experiments.prompt_words import prompt_words
+from experiments.prompt_words import random_model
 from experiments.rehearsal import RehearsalCloud
 from experiments.rented import Rent, RentedMachine, read_rent
 from experiments.report import text_table
@@ -133,8 +133,7 @@ class _LineParser(argparse.ArgumentParser):
 
 def _host(options: argparse.Namespace, engines: tuple[Engine, ...]) -> AnyHost:
     """Where the engines run. Raises EngineError."""
-    if options.random_weights and (options.model or options.host != "local"):
-        raise EngineError("--random-weights makes a model on this machine: it goes with neither --model nor --host.")
+    random = random_model(options.random_weights, options.model, options.host) if options.random_weights else ""
     if options.together and options.host != "local":
         raise EngineError("--together is for engines that share this machine's GPU: leave it out with --host.")
     if options.host == "url":
@@ -143,9 +142,7 @@ def _host(options: argparse.Namespace, engines: tuple[Engine, ...]) -> AnyHost:
         cloud = RehearsalCloud() if options.host == "rehearsal" else ModalCloud()
         model = options.model or (BUNDLED if options.host == "rehearsal" else "")
         return RentedHost(cloud, engines, limits=Limits(), model=model)
-    model = str(options.model or default_model())
-    if options.random_weights:
-        model = str(make_model(shape_named(options.random_weights), prompt_words(EXPERIMENTS)))
+    model = random or str(options.model or default_model())
     draft = options.draft_model or draft_model(model)
     return LocalHost(
         engines,

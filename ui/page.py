@@ -189,8 +189,7 @@ class Lights:
         version = self.version
         if request.query_params.get("since") == version:
             return Response(status_code=204)
-        statuses = self.host.statuses()
-        heads = {engine.name: head_html(engine, statuses[engine.name]) for engine in self.host.engines}
+        heads = {engine.name: head_html(engine, self._seen[engine.name]) for engine in self.host.engines}
         return JSONResponse({"version": version, "heads": heads}, headers={"Cache-Control": "no-store"})
 
 
